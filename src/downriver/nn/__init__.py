@@ -1,0 +1,5 @@
+"""Neural parts that several methods share and no paper owns."""
+
+from downriver.core.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, {"linear_head": "downriver.nn.heads:linear_head"})
