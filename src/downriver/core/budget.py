@@ -66,9 +66,9 @@ class Budget:
             raise InputError(f"a budget in {self.unit} needs the {self.unit} of one step")
         return max(1, int(self.amount / price + 1e-9))
 
-    def split(self, parts: int) -> "Budget":
-        """An equal share of this budget: ``Budget(10, "steps").split(2)`` is five steps."""
-        return Budget(self.amount / parts, self.unit)
+    def share(self, fraction: float) -> "Budget":
+        """A part of this budget: ``Budget(10, "steps").share(1 / 2)`` is five steps."""
+        return Budget(self.amount * fraction, self.unit)
 
     def __str__(self) -> str:
         amount = f"{self.amount:,.0f}" if 1 <= self.amount < 1e9 else f"{self.amount:g}"

@@ -27,9 +27,9 @@ class Paired:
 def paired(differences: Sequence[float], level: float = 0.95, margin: float = 0.0, resamples: int = 9999) -> Paired:
     """Describe paired differences (one a seed, positive meaning better).
 
-    ``low`` and ``high`` bound the mean by a BCa bootstrap (the percentile one where BCa is undefined); ``p`` is one-sided,
-    for «the mean lies above ``margin``», exact by enumerating sign flips up to 16 differences and by 65 536 seeded random
-    flips beyond. With a single difference the interval is infinite.
+    ``low`` and ``high`` bound the mean by a BCa bootstrap (the percentile one where BCa is undefined); ``p`` is
+    one-sided, for «the mean lies above ``margin``», exact by enumerating sign flips up to 16 differences and by 65 536
+    seeded random flips beyond. With a single difference the interval is infinite.
 
     >>> r = paired([0.02, 0.03, 0.01, 0.025, 0.02])
     >>> round(r.mean, 3), r.p == 1 / 32, r.low > 0
