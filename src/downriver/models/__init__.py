@@ -1,0 +1,42 @@
+"""Backbones: load a real checkpoint, or build a small one of any modality."""
+
+from typing import TYPE_CHECKING
+
+from downriver.core.lazy import attach
+
+if TYPE_CHECKING:
+    from downriver.models.builtin import builtin_names as builtin_names
+    from downriver.models.chat import ChatModel as ChatModel
+    from downriver.models.chat import Completion as Completion
+    from downriver.models.chat import HFChat as HFChat
+    from downriver.models.chat import LogLikelihood as LogLikelihood
+    from downriver.models.chat import OpenAIChat as OpenAIChat
+    from downriver.models.chat import ScriptedChat as ScriptedChat
+    from downriver.models.chat import SpendingLimit as SpendingLimit
+    from downriver.models.images import ImageProcessor as ImageProcessor
+    from downriver.models.load import load as load
+    from downriver.models.model import Model as Model
+    from downriver.models.small import small as small
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "ImageProcessor": "downriver.models.images:ImageProcessor",
+        "Model": "downriver.models.model:Model",
+        "builtin_names": "downriver.models.builtin:builtin_names",
+        "load": "downriver.models.load:load",
+        "small": "downriver.models.small:small",
+    }
+    | {
+        name: f"downriver.models.chat:{name}"
+        for name in (
+            "ChatModel",
+            "Completion",
+            "HFChat",
+            "LogLikelihood",
+            "OpenAIChat",
+            "ScriptedChat",
+            "SpendingLimit",
+        )
+    },
+)
