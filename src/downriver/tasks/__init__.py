@@ -1,0 +1,31 @@
+"""Downstream tasks: built-in, from files, from Hugging Face datasets, or of lm-evaluation-harness."""
+
+from typing import TYPE_CHECKING
+
+from downriver.core.lazy import attach
+
+if TYPE_CHECKING:
+    from downriver.tasks.columns import from_columns as from_columns
+    from downriver.tasks.from_datasets import from_datasets as from_datasets
+    from downriver.tasks.from_files import from_files as from_files
+    from downriver.tasks.leakage import LeakageReport as LeakageReport
+    from downriver.tasks.leakage import leakage as leakage
+    from downriver.tasks.lm_eval import lm_eval as lm_eval
+    from downriver.tasks.load import load as load
+    from downriver.tasks.load import names as names
+    from downriver.tasks.task import Task as Task
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "LeakageReport": "downriver.tasks.leakage:LeakageReport",
+        "Task": "downriver.tasks.task:Task",
+        "from_columns": "downriver.tasks.columns:from_columns",
+        "from_datasets": "downriver.tasks.from_datasets:from_datasets",
+        "from_files": "downriver.tasks.from_files:from_files",
+        "leakage": "downriver.tasks.leakage:leakage",
+        "lm_eval": "downriver.tasks.lm_eval:lm_eval",
+        "load": "downriver.tasks.load:load",
+        "names": "downriver.tasks.load:names",
+    },
+)
