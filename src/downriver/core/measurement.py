@@ -60,7 +60,7 @@ class Measurement:
     arm: str = ""
     seed: int = 0
     cost: Cost = field(default_factory=Cost)
-    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    versions: Mapping[str, str] = field(default_factory=lambda: made_by())
 
     def __post_init__(self) -> None:
         if self.direction not in ("higher", "lower", "none"):
@@ -83,6 +83,9 @@ def versions() -> Mapping[str, str]:
     """Versions of what makes a number: downriver, torch, transformers, python and the device."""
     found = {name: _version(name) for name in ("downriver", "torch", "transformers")}
     return found | {"python": platform.python_version(), "device": _device()}
+
+
+made_by = versions  # the field of the same name hides the function inside the class
 
 
 def _version(package: str) -> str:
