@@ -1,0 +1,182 @@
+"""Studies from YAML: arms composed of the five arrows, on one model and one task.
+
+An arm starts from the study's model and task; ``data`` changes the task, ``adapt``, ``pretrain``, ``merge`` and
+``compress`` the model. What comes out is measured on the task as it was in the beginning. An arm that builds on another
+one (``from``, or by naming it in a merge) shares its work and is charged for it.
+"""
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from downriver import __version__
+from downriver.core.budget import Budget
+from downriver.core.errors import InputError, unknown
+from downriver.core.io import canonical, fingerprint, sha256_file
+from downriver.core.measurement import Measurement
+from downriver.core.registry import check_parameters, resolve
+from downriver.study.block import Arm, shared
+from downriver.study.config import Config, Step, chain, read
+from downriver.study.study import Study
+
+
+def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> Study:
+    """A study from a YAML file (or a mapping that says the same), checked whole: nothing is run, everything is named.
+
+    The model and the task are opened once, so that a missing file, a wrong column or a model that cannot do the task is
+    an ``InputError`` now and not in every cell. The fingerprint of the data becomes part of the study's question.
+
+    >>> study = load({
+    ...     "name": "wines", "model": "small:mlp:nano:0", "task": "wine", "budget": "64 examples", "seeds": 2,
+    ...     "arms": {"probe": {"adapt": "linear_probe"}, "full": {"adapt": {"method": "full", "batch_size": 8}}},
+    ... })
+    >>> [arm.name for arm in study.arms()], study.budget
+    (['probe', 'full'], Budget(amount=64.0, unit='examples'))
+    """
+    config = read(source)
+    facts = _check(config)
+
+    def compose(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
+        @shared
+        def start() -> tuple[Any, Any]:
+            task = _task(canonical(config.task))
+            for split, rows in config.sample.items():
+                task = task.sample(split, rows, seed=seed)
+            return _model(canonical(config.model)), task
+
+        @shared
+        def built(name: str) -> tuple[Any, Any]:
+            model, task = start()
+            for step in config.arms[name]:
+                model, task = _apply(step, model, task, config, built, seed)
+            return model, task
+
+        def measure(name: str) -> list[Measurement]:
+            from downriver.evaluate.evaluate import evaluate
+            from downriver.evaluate.retention import retention
+
+            before, task = start()
+            after, _ = built(name)
+            rows = evaluate(after, task, split=config.split, metrics=config.metrics)
+            if config.retention is not None:
+                rows += retention(before, after, _task(canonical(config.retention)))
+            if config.save is not None:
+                after.save(Path(config.save) / config.name / f"{name}-seed{seed}", overwrite=True)
+            return rows
+
+        for name in config.arms:
+            yield Arm(name, functools.partial(measure, name), parameters={"steps": chain(config, name)})
+
+    return Study(
+        name=config.name,
+        function=compose,
+        claims=config.claims,
+        seeds=config.seeds,
+        budget=None if config.budget is None else Budget.parse(config.budget),
+        title=config.title or config.name,
+        version=__version__,
+        parameters=facts,
+    )
+
+
+def _apply(
+    step: Step, model: Any, task: Any, config: Config, built: Callable[[str], tuple[Any, Any]], seed: int
+) -> tuple[Any, Any]:
+    """One step of an arm: the model and the task after it."""
+    if step.arrow == "from":
+        return built(step.models[0])
+    method = resolve(step.arrow, step.method)
+    parameters = dict(step.parameters)
+    if "seed" in inspect.signature(method).parameters:
+        parameters.setdefault("seed", seed)
+    if step.arrow == "data":
+        return model, method(task, **parameters)
+    if step.arrow == "compress":
+        return method(model, **parameters), task
+    if step.arrow == "merge":
+
+        def named(name: str) -> Any:
+            return built(name)[0] if name in config.arms else _model(canonical(name))
+
+        base = model if step.base is None else named(step.base)
+        return method([named(name) for name in step.models], base, **parameters), task
+    return method(model, task, Budget.parse(step.budget or config.budget or ""), **parameters), task
+
+
+def _check(config: Config) -> dict[str, Any]:
+    """Open what the study names; everything its answers depend on beside the arms."""
+    from downriver.evaluate.metrics import lookup
+
+    task = _task(canonical(config.task))
+    task.rows(config.split)
+    for split, rows in config.sample.items():
+        task.sample(split, rows, seed=0)
+    model = _model(canonical(config.model))
+    model.collate(task)
+    of = "tokens" if task.kind == "language-modelling" else "classes" if task.classification else "numbers"
+    metrics = list(config.metrics or task.metrics)
+    for name in metrics:
+        lookup(name, of)
+    reference = None
+    if config.retention is not None:
+        reference = _task(canonical(config.retention))
+        metrics += ["retention", "retention_change"]
+    for claim in config.claims:
+        measured = claim.on.split("/")[0]  # language modelling measures loss/domain beside loss
+        kept = reference is not None and measured.endswith(("_before", "_after"))
+        if measured not in metrics and not kept:
+            raise unknown(f"metric in the claim «{claim.text}»", claim.on, metrics)
+    others = {name for steps in config.arms.values() for s in steps for name in (*s.models, s.base) if name}
+    return {
+        "model": _identity(config.model),
+        "others": {name: _identity(_named(name, config)) for name in sorted(others - set(config.arms))},
+        "task": task.fingerprint,
+        "sample": config.sample,
+        "split": config.split,
+        "metrics": metrics,
+        "retention": reference and reference.fingerprint,
+        "save": config.save,
+    }
+
+
+def _named(name: str, config: Config) -> str:
+    """A model that a merge names beside the arms: it must at least look like one."""
+    from downriver.models.builtin import builtin_names
+
+    if not Path(name).is_dir() and "/" not in name and ":" not in name and name not in builtin_names():
+        raise unknown("arm or model in a merge", name, [*config.arms, *builtin_names()])
+    _model(canonical(name))
+    return name
+
+
+def _identity(spec: str | Mapping[str, Any]) -> Any:
+    """What tells one model from another: its name and, for a folder, the content of its files."""
+    source = Path(spec if isinstance(spec, str) else str(spec.get("source", "")))
+    if not source.is_dir():
+        return spec
+    files = sorted(path for path in source.rglob("*") if path.suffix in (".safetensors", ".json", ".bin"))
+    return [spec, fingerprint([(path.relative_to(source).as_posix(), sha256_file(path)) for path in files])]
+
+
+@functools.lru_cache(maxsize=8)
+def _task(spec: str) -> Any:
+    from downriver.tasks.load import load
+
+    return load(json.loads(spec))
+
+
+@functools.lru_cache(maxsize=2)
+def _model(spec: str) -> Any:
+    from downriver.models.load import load
+
+    stated = json.loads(spec)
+    if isinstance(stated, str):
+        return load(stated)
+    if "source" not in stated:
+        raise InputError("model: the key source is expected, a folder, a hub id or a built-in name")
+    source = stated.pop("source")
+    return load(source, **check_parameters(load, stated, "model"))
