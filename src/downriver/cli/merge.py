@@ -1,0 +1,104 @@
+"""``downriver merge``: merge checkpoints as a YAML file says, or report their conflicts before merging."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from downriver.core.errors import InputError
+
+if TYPE_CHECKING:
+    from downriver.merge import MergeReport
+
+
+class _RunByDefault(TyperGroup):
+    """A group whose first argument, where it names no command, is the first argument of ``run``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    help="Merge checkpoints: downriver merge CONFIG OUT, or downriver merge inspect CONFIG.",
+    no_args_is_help=True,
+)
+
+CONFIG = Annotated[Path, typer.Argument(help="A YAML file in mergekit's format: linear, task_arithmetic or ties.")]
+MEMORY = Annotated[str, typer.Option("--max-memory", help="Bound of the working memory, such as 512MiB or 2GB.")]
+DEVICE = Annotated[str | None, typer.Option(help="Where to calculate: cpu, cuda, cuda:1. A GPU when there is one.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.command()
+def run(
+    config: CONFIG,
+    out: Annotated[Path, typer.Argument(help="The folder to be written.")],
+    max_memory: MEMORY = "1GiB",
+    shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT where it exists.")] = False,
+    device: DEVICE = None,
+    as_json: JSON = False,
+) -> None:
+    """Merge the models of CONFIG into the checkpoint folder OUT. The word run may be left out."""
+    from downriver.merge import read_mergekit
+
+    limits = {"max_bytes": _size(max_memory), "shard_size": _size(shard_size)}
+    report = read_mergekit(config).merge(out, overwrite=overwrite, device=_device(device), **limits)
+    if as_json:
+        typer.echo(json.dumps({"out": str(report.out), "seconds": report.seconds, "tensors": report.rows()}))
+    else:
+        _print(report)
+
+
+@app.command()
+def inspect(config: CONFIG, max_memory: MEMORY = "1GiB", device: DEVICE = None, as_json: JSON = False) -> None:
+    """Report how the models of CONFIG conflict, before they are merged; nothing is written."""
+    from downriver.merge import conflicts, read_mergekit
+
+    job = read_mergekit(config)
+    trimming = {key: getattr(job.method, key) for key in ("density", "scope") if hasattr(job.method, key)}
+    if getattr(job.method, "compat", None):  # the libraries rank each tensor alone
+        trimming["scope"] = "tensor"
+    report = conflicts(job.models, job.base, max_bytes=_size(max_memory), device=_device(device), **trimming)
+    typer.echo(json.dumps(report.table()) if as_json else report.text)
+
+
+def _print(report: "MergeReport") -> None:
+    """One row a model, then what was done, read and written."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("model", "distance from the base", "kept", box=None, pad_edge=False)
+    for i, (model, norm) in enumerate(zip(report.inputs[1:], report.total.norms, strict=True)):
+        table.add_row(
+            escape(model["model"]), f"{norm:.4g}", f"{report.total.kept[i]:.1%}" if report.total.kept else "all"
+        )
+    Console().print(table)
+    typer.echo(f"{report}; {report.bytes_read / 1e6:,.0f} MB read\n{report.out}")
+
+
+def _device(name: str | None) -> str | None:
+    """A device that torch has here."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def _size(text: str) -> int:
+    """Bytes of ``1GiB``, ``500 MB`` or ``1073741824``."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", text, re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise InputError(f"size {text!r}: a number of bytes such as 512MiB, 2GB or 1073741824 is expected")
+    power = " KMGT".index((found[2] or " ").upper())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
