@@ -4,7 +4,7 @@ from downriver.core.budget import Budget
 from downriver.core.cost import Meter, charge, count_flops, metered
 from downriver.core.errors import DownriverError, InputError, MissingExtra, require, unknown
 from downriver.core.io import atomic_folder, atomic_write, canonical, fingerprint, sha256_file
-from downriver.core.measurement import Cost, Measurement, versions
+from downriver.core.measurement import Cost, Measurement, current_versions
 from downriver.core.seeds import derive_seed, generator, seeded
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "canonical",
     "charge",
     "count_flops",
+    "current_versions",
     "derive_seed",
     "fingerprint",
     "generator",
@@ -28,5 +29,4 @@ __all__ = [
     "seeded",
     "sha256_file",
     "unknown",
-    "versions",
 ]

@@ -42,6 +42,13 @@ class Cost:
         )
 
 
+@functools.cache
+def current_versions() -> Mapping[str, str]:
+    """Versions of what makes a number: downriver, torch, transformers, python and the device."""
+    found = {name: _version(name) for name in ("downriver", "torch", "transformers")}
+    return found | {"python": platform.python_version(), "device": _device()}
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One value of one metric of one arm under one seed.
@@ -60,7 +67,7 @@ class Measurement:
     arm: str = ""
     seed: int = 0
     cost: Cost = field(default_factory=Cost)
-    versions: Mapping[str, str] = field(default_factory=lambda: made_by())
+    versions: Mapping[str, str] = field(default_factory=current_versions)
 
     def __post_init__(self) -> None:
         if self.direction not in ("higher", "lower", "none"):
@@ -76,16 +83,6 @@ class Measurement:
         """The flat dictionary that the ledger stores: cost and versions become columns of their own."""
         row = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cost", "versions")}
         return row | asdict(self.cost) | {f"{k}_version" if k != "device" else k: v for k, v in self.versions.items()}
-
-
-@functools.cache
-def versions() -> Mapping[str, str]:
-    """Versions of what makes a number: downriver, torch, transformers, python and the device."""
-    found = {name: _version(name) for name in ("downriver", "torch", "transformers")}
-    return found | {"python": platform.python_version(), "device": _device()}
-
-
-made_by = versions  # the field of the same name hides the function inside the class
 
 
 def _version(package: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from downriver.core.errors import InputError, require, unknown
-from downriver.core.measurement import Cost, Direction, Measurement, versions
+from downriver.core.measurement import Cost, Direction, Measurement, current_versions
 from downriver.core.seeds import seeded
 
 
@@ -77,7 +77,10 @@ def lm_eval(
 
 
 def _measurements(found: dict[str, Any], task: str, cost: Cost) -> list[Measurement]:
-    made_by = dict(versions()) | {"lm_eval": str(found["lm_eval_version"]), "task": str(found["versions"].get(task))}
+    made_by = dict(current_versions()) | {
+        "lm_eval": str(found["lm_eval_version"]),
+        "task": str(found["versions"].get(task)),
+    }
     measurements = []
     for key, value in found["results"][task].items():
         name, comma, filtered = key.partition(",")
