@@ -3,7 +3,7 @@
     python benchmarks/merge_ties.py [--megabytes 400] [--values 16] [--max-memory 256] [--mergekit PYTHON]
 
 ``--mergekit`` is the Python of an environment that has mergekit; without it the peer is left out, and said to be. Every
-merge is a process of its own: time is that of the merge alone, memory the peak of the process beyond what it had after
+``--mergekit`` is the Python of an environment that has mergekit; without it the peer is left out.
 its imports. Both merge by mergekit's arithmetic with density 0.2, and the results are compared. Times are wall seconds;
 processor seconds, which other work on the machine disturbs less, stand in brackets.
 """
@@ -26,10 +26,12 @@ from downriver.core.tensors import open_checkpoint
 from downriver.merge import kth_magnitude
 
 OURS = """
-import json, resource, sys, time
+import json, sys, time
 from downriver.merge import Ties, merge
 compat = None if sys.argv[3] == "paper" else "mergekit"
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this program alone: ru_maxrss would start from that of the process which started it
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 import torch, transformers
 before, wall, cpu = peak(), time.perf_counter(), time.process_time()
 models = [f"{sys.argv[1]}/{m}" for m in "abc"]
@@ -37,10 +39,12 @@ merge(models, f"{sys.argv[1]}/base", Ties(compat=compat), sys.argv[2], max_bytes
 print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, (peak() - before) / 1024]))
 """
 THEIRS = """
-import json, resource, sys, time, yaml
+import json, sys, time, yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this program alone: ru_maxrss would start from that of the process which started it
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 before, wall, cpu = peak(), time.perf_counter(), time.process_time()
 with open(f"{sys.argv[1]}/run.yaml") as file:
     config = MergeConfiguration.model_validate(yaml.safe_load(file))

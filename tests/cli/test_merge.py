@@ -86,7 +86,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("kept")
-    code, out, err = downriver("merge", *(str(folder / "run.yaml") if a == "RUN" else a for a in arguments))
+    code, _, err = downriver("merge", *(str(folder / "run.yaml") if a == "RUN" else a for a in arguments))
     assert code == 2
     assert message in err and err.strip().count("\n") == 0
     assert [p.name for p in tmp_path.rglob("*")] == ["taken", "mine.txt"]

@@ -135,9 +135,10 @@ def test_a_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from helper import half\n"
+        "from downriver import models\n"  # a lazy room among the globals that travel
         "from downriver.study import Arm, study\n"
         "WHOLE = 3.0\n"
-        "def value(): return half(WHOLE)\n"
+        "def value(): return half(WHOLE) if models.small else 0\n"
         "@study('scripted', seeds=2)\n"
         "def scripted(seed, budget, scale):\n"
         "    yield Arm('a', lambda: {'x': value()})\n"

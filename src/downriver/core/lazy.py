@@ -23,6 +23,9 @@ def attach(room: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], C
             if not (name in names and isinstance(value, ModuleType)):
                 super().__setattr__(name, value)
 
+        def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+            return import_module, (self.__name__,)  # pickled by name, as plain modules are by cloudpickle
+
     if room in sys.modules:
         sys.modules[room].__class__ = Room
 

@@ -79,9 +79,13 @@ class ConflictReport:
                 f"and {t.conflict:.1%} with opposite signs."
             )
         for i, j in itertools.combinations(range(len(self.models)), 2):
+            if not (t.norms[i] and t.norms[j]):
+                continue  # a model equal to the base points nowhere
+            share = t.disagreement[i, j]
+            both = "no entry is kept by both" if math.isnan(share) else f"{share:.1%} of those that both keep disagree"
             lines.append(
                 f"{self.models[i]} and {self.models[j]}: cosine {t.cosines[i, j]:.3f}, trimmed "
-                f"{t.trimmed_cosines[i, j]:.3f}; {t.disagreement[i, j]:.1%} of the entries that both keep disagree."
+                f"{t.trimmed_cosines[i, j]:.3f}; {both}."
             )
         worst = sorted((x for x in self.tensors if x.conflict), key=lambda x: -x.conflict)[:3]
         if worst and len(self.tensors) > 1:
