@@ -2,11 +2,12 @@
 
 The first study trains character models (an MLP on 16 characters) on the source text of Python's standard library:
 five small runs are fitted, an over-trained model and a larger one are forecast. Learning rate and batch rule are the
-same for all runs; neither was chosen by the error of a forecast.
+same for all runs. They were fixed before their own forecasts were seen, but not blindly: a batch of 256 for every run,
+on similar sizes and one seed, was tried first and the law was off by 5 % (learning rate 0.02) and 8 % (0.01).
 
-The second repeats the paper's fit on its public runs and takes each of the two training sets as one seed. It is there
-when ``DOWNRIVER_SHARED_DATA`` names a folder that holds ``overtraining_testbed`` (``exp_data`` of
-github.com/mlfoundations/scaling).
+The second repeats the paper's fit on its public runs and takes each of the two training sets as one seed: it reports
+the errors and claims nothing, for two sets decide nothing. It is there when ``DOWNRIVER_SHARED_DATA`` names a folder
+that holds ``overtraining_testbed`` (``exp_data`` of github.com/mlfoundations/scaling).
 """
 
 import collections
@@ -102,11 +103,6 @@ def _data() -> Path | None:
 
 @study(
     "overtraining-law-public",
-    claims=[
-        below("law", on=CLAIM, value=0.05, task="c4_val"),
-        better("law", than="best small run", on=CLAIM, task="c4_val"),
-        better("law", than="law of compute", on=CLAIM, task="c4_val"),
-    ],
     seeds=2,
     title="Five public runs forecast a 1.4B over-trained and a 6.9B model; each training set is one seed",
 )
