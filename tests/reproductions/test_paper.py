@@ -1,4 +1,5 @@
 import json
+from importlib import import_module
 
 import pytest
 
@@ -47,7 +48,6 @@ def test_the_evidence_table_holds_known_verdicts_of_known_papers():
 
 
 def test_recording_replaces_one_entry_and_leaves_the_others(tmp_path, monkeypatch):
-    from downriver.reproductions import reproduce as module
     from downriver.study import Arm, better, study
 
     @study("coin", claims=[better("heads", than="tails", on="accuracy")], seeds=3)
@@ -55,6 +55,7 @@ def test_recording_replaces_one_entry_and_leaves_the_others(tmp_path, monkeypatc
         yield Arm("heads", lambda: {"accuracy": 0.9 + seed / 100})
         yield Arm("tails", lambda: {"accuracy": 0.1})
 
+    module = import_module("downriver.reproductions.reproduce")
     table = tmp_path / "evidence.json"
     table.write_text(json.dumps({"other": {"verdict": "fails", "claims": []}}))
     monkeypatch.setattr(papers, "EVIDENCE", table)
