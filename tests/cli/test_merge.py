@@ -1,5 +1,6 @@
 """``downriver merge`` on real checkpoints: from a YAML file to a folder that transformers loads."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from transformers import AutoModel
 
 from downriver import models
 from downriver.cli import main
+from downriver.cli import merge as command
+from downriver.core.errors import InputError
 from downriver.merge import ties
 
 
@@ -62,11 +65,33 @@ def test_the_merged_folder_loads_and_is_the_merge_in_memory(folder: Path, tmp_pa
     assert any(not torch.equal(merged[n], base[n]) for n in base)
 
 
+def test_the_word_run_may_be_said(folder: Path, tmp_path: Path, downriver) -> None:
+    code, _, err = downriver("merge", "run", str(folder / "run.yaml"), "out")
+    assert code == 0, err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_json_and_overwrite(folder: Path, tmp_path: Path, downriver) -> None:
+    arguments = ["merge", str(folder / "run.yaml"), "out", "--json"]
+    code, out, err = downriver(*arguments)
+    assert code == 0, err
+    assert sum(tensor["elements"] for tensor in json.loads(out)["tensors"]) > 10_000
+    assert downriver(*arguments)[0] == 2
+    assert downriver(*arguments, "--overwrite")[0] == 0
+
+
 def test_inspect_tells_the_conflicts(folder: Path, tmp_path: Path, downriver) -> None:
     code, out, err = downriver("merge", "inspect", str(folder / "run.yaml"))
     assert code == 0, err
     assert "density (0.3, 0.3) over the whole model" in out and "opposite signs" in out
+    total = json.loads(downriver("merge", "inspect", str(folder / "run.yaml"), "--json")[1])[-1]
+    assert total["elements"] > 10_000 and total["kept_0"] == pytest.approx(0.3, abs=1e-2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_both_commands(downriver) -> None:
+    code, out, _ = downriver("merge", "--help")
+    assert code == 0 and "inspect" in out and "run" in out
 
 
 @pytest.mark.parametrize(
@@ -90,3 +115,17 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert code == 2
     assert message in err and err.strip().count("\n") == 0
     assert [p.name for p in tmp_path.rglob("*")] == ["taken", "mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1GiB", 2**30), ("500 MB", 5 * 10**8), ("64", 64), ("1.5kib", 1536), ("2G", 2 * 10**9), ("7B", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert command._size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "1 XB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match="size"):
+        command._size(text)

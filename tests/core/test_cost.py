@@ -1,5 +1,8 @@
+import sys
 import time
 
+import numpy as np
+import pytest
 import torch
 
 from downriver.core import charge, count_flops, metered
@@ -20,6 +23,25 @@ def test_seconds_and_memory_are_taken():
         time.sleep(0.02)
     assert meter.cost.seconds >= 0.02
     assert meter.cost.peak_memory > 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets its high-water mark")
+def test_the_peak_is_that_of_the_metered_work_alone():
+    def hold(megabytes: int) -> None:
+        np.ones(megabytes << 17).sum()
+
+    hold(400)  # before: nobody's
+    with metered() as outer:
+        with metered() as small:
+            hold(1)
+        with metered() as large:
+            hold(200)
+        with metered(outer=False) as hidden:
+            hold(300)
+    base = small.cost.peak_memory
+    assert 190e6 < large.cost.peak_memory - base < 290e6
+    assert 290e6 < hidden.cost.peak_memory - base < 390e6
+    assert outer.cost.peak_memory == large.cost.peak_memory  # what is inside counts, what is hidden does not
 
 
 def test_charging_without_a_meter_is_harmless():

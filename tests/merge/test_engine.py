@@ -16,7 +16,7 @@ from torch import Tensor
 
 from downriver.core.errors import DownriverError, InputError
 from downriver.merge import TaskArithmetic, Ties, merge, ties
-from downriver.merge.engine import depths, plan
+from downriver.merge.plan import depths, plan
 
 State = dict[str, Tensor]
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from downriver.core.errors import InputError
 from downriver.merge import Average, TaskArithmetic, Ties, search_lambda, task_arithmetic, ties
-from downriver.merge.engine import Plan
+from downriver.merge.plan import Plan
 
 
 def state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

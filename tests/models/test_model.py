@@ -207,8 +207,23 @@ def test_a_table_with_a_hole_is_refused():
     collate = model.collate(table())
     with pytest.raises(InputError, match=r"column 'width'.*not finite"):
         collate([{"height": 1.0, "width": float("nan"), "label": 0}])
-    with pytest.raises(InputError, match="must hold numbers"):
+    with pytest.raises(InputError, match="column 'height' must hold numbers"):
         collate([{"height": "tall", "width": 1.0, "label": 0}])
+
+
+def test_a_column_of_vectors_stands_for_as_many_columns():
+    numbers = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    target = [0, 1, 0, 1, 0, 1]
+    kind = "tabular-classification"
+    vectors = Task(
+        "v", kind, {"train": Dataset.from_dict({"x": numbers, "y": target, "z": numbers[:, 0]})}, ("x", "z"), "y"
+    )
+    model = models.load(nn.Identity())
+    batch = model.collate(vectors)(list(vectors.rows("train")))
+    np.testing.assert_array_equal(batch["inputs"].numpy(), np.column_stack([numbers, numbers[:, 0]]))
+    assert model.with_head(vectors).head.in_features == 4
+    with pytest.raises(InputError, match="column 'x' must hold numbers, or vectors of one length"):
+        model.collate(vectors)([{"x": [1.0, 2.0], "z": 0.0}, {"x": [1.0], "z": 0.0}])
 
 
 def test_a_text_that_is_none_is_refused(text_model):

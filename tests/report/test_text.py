@@ -71,7 +71,7 @@ def test_one_seed_is_said(single: Result) -> None:
     (line,) = report.verdict_lines(single)
     assert "undecided" in line.plain and "on one seed: no interval" in line.plain
     (verdict,) = single.verdicts()
-    assert text.reason(verdict, Format()) == "One seed decides nothing: at least two are needed."
+    assert text.reason(verdict, Format()) == "1 seed cannot decide it: at least 3 are needed."
 
 
 def test_sides_and_reasons_follow_the_claim() -> None:

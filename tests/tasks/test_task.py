@@ -53,6 +53,20 @@ def test_bad_splits_name_the_split_and_the_column(changes, message):
         make(**changes)
 
 
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ([[1.0, 2.0], [3.0]], "column 'x': vectors of one length are expected, not of 1 to 2"),
+        ([[1.0, 2.0], [3.0, float("inf")]], "column 'x', its vectors' 2 numbers .*row 4: inf where a finite number"),
+        ([["a"], ["b"]], "column 'x'.*numbers are expected, not string"),
+        ([{"a": 1.0}, {"a": 2.0}], "column 'x': numbers or vectors are expected, not struct"),
+    ],
+)
+def test_a_column_of_vectors_is_checked(vectors, message):
+    with pytest.raises(InputError, match=message):
+        Task("t", "tabular-classification", table(x=vectors, y=[0, 1]), ("x",), "y")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_is_named(bad):
     with pytest.raises(InputError, match=r"split 'train', column 'x', row 2: (nan|inf) where a finite number"):

@@ -5,6 +5,7 @@ is a few megabytes, can be taken off again, and can be merged. Hu et al. 2021, t
 than the paper's attention projections only (Dettmers et al. 2023 found that needed to reach full fine-tuning).
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def lora(
         target_modules=target_modules or _targets(model.backbone),
         task_type="CAUSAL_LM" if model.kind == "causal-lm" else None,
     )
-    with seeded("lora", seed):
+    with seeded("lora", seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's use of an old name
         try:
             model.backbone = get_peft_model(model.backbone, settings)
         except ValueError as error:

@@ -35,12 +35,13 @@ def study(
     from downriver import report as reports
 
     if config is None:
-        from downriver.study.quickstart import run
+        from downriver.study.quickstart import TITLE, run
 
         results, forecast = run(folder, executor, workers, fresh, seeds)
-        report = report or PAGE
+        report, title = report or PAGE, TITLE
     else:
         results, forecast = [find(config).run(folder, executor, workers, fresh, seeds)], None
+        title = results[0].study.title
     console = Console()
     for result in results:
         console.print(reports.table(result))
@@ -52,7 +53,7 @@ def study(
     if any(result.failures for result in results):
         console.print(f"The tracebacks are in {folder}/failures; the same command tries the failed cells again.")
     if report:
-        reports.write(report, results, [forecast] if forecast else (), title=results[0].study.title)
+        reports.write(report, results, [forecast] if forecast else (), title=title)
         console.print(f"report: {report}", highlight=False)
     if any(result.failures for result in results):
         raise typer.Exit(1)

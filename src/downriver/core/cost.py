@@ -3,8 +3,10 @@
 import contextlib
 import contextvars
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from downriver.core.measurement import Cost
@@ -24,6 +26,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.cost = Cost()
+        self.peak = 0
 
     def add(self, cost: Cost) -> None:
         self.cost = self.cost + cost
@@ -35,19 +38,16 @@ def metered(outer: bool = True) -> Iterator[Meter]:
 
     ``outer=False`` hides the block from the meters around it, so that shared work can be charged to each of its users.
     """
-    meter = Meter()
-    around = _meters.get()
+    meter, around = Meter(), _meters.get()
+    _mark_peak(around)
     token = _meters.set((*around, meter) if outer else (meter,))
-    cuda = _cuda()
-    if cuda:
-        cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     try:
         yield meter
     finally:
         _meters.reset(token)
-        peak = cuda.max_memory_allocated() if cuda else _resident_peak()
-        meter.add(Cost(seconds=time.perf_counter() - started, peak_memory=peak))
+        _mark_peak((*around, meter) if outer else (meter,))
+        meter.add(Cost(seconds=time.perf_counter() - started, peak_memory=meter.peak))
 
 
 def charge(cost: Cost | None = None, **counts: Any) -> None:
@@ -86,17 +86,31 @@ def count_flops(step: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def _cuda() -> Any:
-    import sys
+def _mark_peak(meters: tuple[Meter, ...]) -> None:
+    """Tell the meters the highest memory use since the last mark, and start counting anew."""
+    peak = _peak_since_mark()
+    for meter in meters:
+        meter.peak = max(meter.peak, peak)
 
+
+def _peak_since_mark() -> int:
+    """Bytes that torch held on the GPU where there is one, else the process's largest resident set.
+
+    Linux forgets its high-water mark when asked; elsewhere, and where asking is forbidden, the mark is that of the
+    whole process so far (macOS reports it in bytes, others in kilobytes).
+    """
     torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+    if torch is not None and torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return int(peak)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
 
-
-def _resident_peak() -> int:
-    """The process's largest resident set so far, in bytes (Linux reports kilobytes, macOS bytes)."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return peak

@@ -7,11 +7,11 @@ from downriver.core.lazy import attach
 if TYPE_CHECKING:
     from downriver.merge.average import Average as Average
     from downriver.merge.average import average as average
-    from downriver.merge.engine import MergeReport as MergeReport
-    from downriver.merge.engine import Method as Method
     from downriver.merge.engine import merge as merge
     from downriver.merge.inspect import conflicts as conflicts
     from downriver.merge.mergekit import read_mergekit as read_mergekit
+    from downriver.merge.method import Method as Method
+    from downriver.merge.report import MergeReport as MergeReport
     from downriver.merge.search import search_lambda as search_lambda
     from downriver.merge.select import kth_magnitude as kth_magnitude
     from downriver.merge.select import quantile as quantile
@@ -33,8 +33,8 @@ __getattr__, __dir__, __all__ = attach(
     METHODS
     | {
         "Average": "downriver.merge.average:Average",
-        "MergeReport": "downriver.merge.engine:MergeReport",
-        "Method": "downriver.merge.engine:Method",
+        "MergeReport": "downriver.merge.report:MergeReport",
+        "Method": "downriver.merge.method:Method",
         "TaskArithmetic": "downriver.merge.task_arithmetic:TaskArithmetic",
         "Ties": "downriver.merge.ties:Ties",
         "conflicts": "downriver.merge.inspect:conflicts",

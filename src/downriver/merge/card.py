@@ -14,7 +14,7 @@ from downriver.core.measurement import current_versions
 from downriver.merge.stores import Store
 
 if TYPE_CHECKING:
-    from downriver.merge.engine import MergeReport
+    from downriver.merge.report import MergeReport
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".data", ".npz"}
 _LEFT = {"README.md", ".gitattributes"}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from downriver.core.errors import InputError
-from downriver.merge.engine import MAX_BYTES, Entry, Mismatch, Pattern, plan, task_vector
+from downriver.merge.method import task_vector
+from downriver.merge.plan import MAX_BYTES, Entry, Mismatch, Pattern, plan
 from downriver.merge.stores import Source
 from downriver.merge.ties import Scope, Ties
 

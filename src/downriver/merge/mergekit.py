@@ -16,7 +16,10 @@ import yaml
 
 from downriver.core.errors import InputError, unknown
 from downriver.merge.average import Average
-from downriver.merge.engine import MergeReport, Method, as_dtype, merge, spread
+from downriver.merge.engine import as_dtype, merge
+from downriver.merge.method import Method
+from downriver.merge.plan import spread
+from downriver.merge.report import MergeReport
 from downriver.merge.stores import Source
 from downriver.merge.task_arithmetic import TaskArithmetic
 from downriver.merge.ties import Ties

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from downriver.core.errors import InputError, unknown
-from downriver.merge.engine import Entry, Method, Mismatch, Pattern, Plan, empty_state, filled, plan, resolve
+from downriver.merge.engine import empty_state, filled, resolve
+from downriver.merge.method import Method
+from downriver.merge.plan import Entry, Mismatch, Pattern, Plan, plan
 from downriver.merge.stores import Source
 
 T = TypeVar("T", bound=Mapping[str, Tensor] | nn.Module)

@@ -12,7 +12,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from downriver.merge.engine import Known, Method, Mismatch, Pattern, Tally, combine, square, task_vector
+from downriver.merge.engine import combine
+from downriver.merge.method import Known, Method, Tally, square, task_vector
+from downriver.merge.plan import Mismatch, Pattern
 from downriver.merge.stores import Source
 
 T = TypeVar("T")

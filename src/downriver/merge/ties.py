@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from downriver.core.errors import InputError, unknown
-from downriver.merge.engine import Known, Method, Mismatch, Pattern, Tally, combine, per_model, square, task_vector
+from downriver.merge.engine import combine
+from downriver.merge.method import Known, Method, Tally, per_model, square, task_vector
+from downriver.merge.plan import Mismatch, Pattern
 from downriver.merge.stores import Source
 
 T = TypeVar("T")

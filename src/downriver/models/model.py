@@ -399,16 +399,23 @@ def _encode_columns(rows: Sequence[Row], task: TaskLike, processor: Any = None) 
     return {"inputs": _table([[row[name] for row in rows] for name in task.inputs], task)}
 
 
-def _table(columns: Sequence[Sequence[Any]], task: TaskLike) -> Tensor:
-    """Feature columns side by side, float32 (rows, columns); a value that is no finite number is refused."""
-    try:
-        table = np.array(columns, dtype=np.float32).T
-    except (TypeError, ValueError) as error:
-        raise InputError(f"task {task.name!r}: columns {', '.join(task.inputs)} must hold numbers ({error})") from None
-    if not np.isfinite(table).all():
-        column = task.inputs[int(np.argwhere(~np.isfinite(table))[0][1])]
-        raise InputError(f"task {task.name!r}, column {column!r}: a value is missing or not finite")
-    return torch.from_numpy(np.ascontiguousarray(table))
+def _table(columns: Sequence[Any], task: TaskLike) -> Tensor:
+    """Feature columns side by side, float32 (rows, columns); a value that is no finite number is refused.
+
+    A column holds a number a row, or a vector of one length a row.
+    """
+    parts = []
+    for name, column in zip(task.inputs, columns, strict=True):
+        try:
+            part = np.asarray(column, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"task {task.name!r}, column {name!r} must hold numbers, or vectors of one length ({error})"
+            ) from None
+        if not np.isfinite(part).all():
+            raise InputError(f"task {task.name!r}, column {name!r}: a value is missing or not finite")
+        parts.append(part.reshape(len(part), -1))
+    return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
 def _classes(task: TaskLike) -> int:

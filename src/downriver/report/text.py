@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from downriver.core.stats import FEWEST
 from downriver.report.numbers import (
     MISSING,
     NARROW,
@@ -153,8 +154,8 @@ def reason(verdict: "Verdict", form: Format) -> str:
     }.get(claim.kind, f"the threshold of {claim.value:g}" if claim.value is not None else "zero")
     if verdict.n == 0:
         return "Nothing was measured that could decide it."
-    if verdict.n == 1:
-        return "One seed decides nothing: at least two are needed."
+    if verdict.n < FEWEST:
+        return f"{counted(verdict.n, 'seed')} cannot decide it: at least {FEWEST} are needed."
     return {
         "holds": f"The whole interval clears {line}.",
         "fails": f"The whole interval falls short of {line}.",

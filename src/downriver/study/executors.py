@@ -242,6 +242,8 @@ class _Worker:
 
     def stop(self) -> None:
         self.connection.close()
+        if self.seed is None:  # it ends by itself and leaves nothing behind
+            self.process.join(timeout=5)
         self.process.terminate()
         self.process.join()
 

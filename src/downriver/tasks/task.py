@@ -42,11 +42,11 @@ class Task:
     """Splits of one data set, checked once, so that no method has to check them again.
 
     ``splits`` maps any of ``train``, ``validation`` and ``test`` to a ``datasets.Dataset``; ``inputs`` names the
-    columns that a model reads: ``("text",)``, ``("text_a", "text_b")`` for similarity, ``("image",)``, or the numeric
-    feature columns of a table. ``target`` is the label column: class ids ``0..K-1`` for classification, finite
-    numbers for regression and similarity, ``None`` for language modelling, where ``group`` may name the column of the
-    domain. ``labels`` defaults to the ids themselves and ``metrics`` to those usual for the kind. ``notes`` say in
-    words what was inferred or split on the way.
+    columns that a model reads: ``("text",)``, ``("text_a", "text_b")`` for similarity, ``("image",)``, or the feature
+    columns of a table, each a number or a vector of one length. ``target`` is the label column: class ids ``0..K-1``
+    for classification, finite numbers for regression and similarity, ``None`` for language modelling, where ``group``
+    may name the column of the domain. ``labels`` defaults to the ids themselves and ``metrics`` to those usual for
+    the kind. ``notes`` say in words what was inferred or split on the way.
 
     Raises ``InputError`` naming the split and the column: empty split, missing column, empty cells, a class id out of
     range, one class only, text or non-finite numbers where numbers belong.
@@ -214,6 +214,8 @@ class Task:
         if name in self.inputs and self.kind.startswith(("text", "language")):
             if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
                 raise InputError(f"{where}: text is expected, not {cells.type}")
+        elif name in self.inputs and pa.types.is_nested(cells.type) and self.kind.startswith("tabular"):
+            self._check_vectors(where, cells)
         elif name == self.target or (name in self.inputs and self.kind.startswith("tabular")):
             self._check_numbers(where, cells, ids=name == self.target and self.classification)
 
@@ -230,6 +232,16 @@ class Task:
             expected = f"a class id from 0 to {len(self.labels) - 1}" if ids and self.labels else "a finite number"
             expected = "a class id from 0 up" if ids and not self.labels else expected
             raise InputError(f"{where}, row {row + 1}: {found[row]} where {expected} is expected")
+
+    def _check_vectors(self, where: str, cells: pa.ChunkedArray) -> None:
+        if not (pa.types.is_list(cells.type) or pa.types.is_fixed_size_list(cells.type)):
+            raise InputError(f"{where}: numbers or vectors are expected, not {cells.type}")
+        lengths = pc.unique(pc.list_value_length(cells)).to_pylist()
+        if len(lengths) > 1:
+            raise InputError(f"{where}: vectors of one length are expected, not of {min(lengths)} to {max(lengths)}")
+        self._check_numbers(
+            f"{where}, its vectors' {lengths[0]} numbers laid end to end", pc.list_flatten(cells), False
+        )
 
     def _check_classes(self) -> None:
         met = {split: np.unique(self.targets(split)) for split in self.splits}
