@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from downriver.core import Budget, charge
-from downriver.merge import average, task_arithmetic, ties
+from downriver.merge import Method, TaskArithmetic, Ties, average, search_lambda, task_arithmetic, ties
 from downriver.reproductions.paper import Paper
 from downriver.study import Arm, Study, better, keeps, shared, study
 
@@ -67,12 +67,16 @@ class Digits:
     claims=[
         better("TIES", than="task arithmetic", on="accuracy"),
         better("TIES", than="average", on="accuracy"),
+        better("TIES, λ searched", than="task arithmetic, λ searched", on="accuracy"),
         keeps("trimmed to 20 %", than="fine-tuned", on="accuracy", within=0.01),
     ],
     seeds=8,
 )
 def one_domain(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
-    """A trunk for five questions about a digit; nothing is searched: density 0.2 and λ 1, and λ 0.4 for arithmetic."""
+    """A trunk for five questions about a digit: density 0.2 and λ 1, λ 0.4 for arithmetic, or λ searched for each.
+
+    A searched λ is chosen on one half of the test images and measured on the other, both ways round.
+    """
 
     @shared
     def data() -> Digits:
@@ -96,11 +100,23 @@ def one_domain(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
             for task in LABELS
         }
 
+    def score(state_of: Callable[[str], State], images: slice = slice(None)) -> float:
+        x, digits = data().test[images], data().test_digits[images]
+        return float(np.mean([accuracy(state_of(task), heads()[task], x, labels(task, digits)) for task in LABELS]))
+
     def measured(state_of: Callable[[str], State]) -> dict[str, float]:
-        found = [
-            accuracy(state_of(task), heads()[task], data().test, labels(task, data().test_digits)) for task in LABELS
-        ]
-        return {"accuracy": float(np.mean(found))}
+        return {"accuracy": score(state_of)}
+
+    def searched(method: Method) -> dict[str, float]:
+        def score_on(half: slice) -> Callable[[dict[str, Tensor]], float]:
+            return lambda state: score(lambda task: state, half)
+
+        odd, even, found = score_on(slice(1, None, 2)), score_on(slice(0, None, 2)), []
+        for choose, measure in ((odd, even), (even, odd)):
+            best = search_lambda(list(tuned().values()), trunk(), method, choose)
+            found.append((measure(best.merged), best.best))
+        accuracies, lams = zip(*found, strict=True)
+        return {"accuracy": float(np.mean(accuracies)), "λ": float(np.mean(lams))}
 
     def merged(method: Any, **parameters: float) -> dict[str, float]:
         state = method(list(tuned().values()), trunk(), **parameters)
@@ -112,6 +128,8 @@ def one_domain(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
     yield Arm("average", lambda: merged(average))
     yield Arm("task arithmetic", lambda: merged(task_arithmetic, lam=0.4))
     yield Arm("TIES", lambda: merged(ties, density=0.2, lam=1.0))
+    yield Arm("task arithmetic, λ searched", lambda: searched(TaskArithmetic()), directions={"λ": "none"})
+    yield Arm("TIES, λ searched", lambda: searched(Ties(density=0.2)), directions={"λ": "none"})
 
 
 @study(

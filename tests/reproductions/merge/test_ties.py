@@ -13,6 +13,7 @@ def test_the_paper_and_its_claims() -> None:
     assert [c.text for c in ONE.claims] == [
         "TIES is better than task arithmetic on accuracy",
         "TIES is better than average on accuracy",
+        "TIES, λ searched is better than task arithmetic, λ searched on accuracy",
         "trimmed to 20 % keeps the accuracy of fine-tuned to within 0.01",
     ]
     assert ONE.seeds == SEVEN.seeds == 8
@@ -36,5 +37,7 @@ def test_a_split_is_the_same_for_a_seed_and_differs_between_seeds() -> None:
 def test_one_seed_runs_whole(study, tmp_path) -> None:  # type: ignore[no-untyped-def]
     result = study.run(tmp_path, executor="serial", seeds=1, progress=False)
     assert not result.failures
-    found = dict(zip(*(result.rows()[c].to_list() for c in ("arm", "value")), strict=True))
+    rows = result.rows()
+    found = dict(zip(*(rows.filter(metric="accuracy")[c].to_list() for c in ("arm", "value")), strict=True))
+    assert all(0.1 <= lam <= 2.5 for lam in rows.filter(metric="λ")["value"])
     assert found.keys() == set(result.arms) and all(0.3 < v <= 1 for v in found.values())
