@@ -5,14 +5,26 @@ from typing import TYPE_CHECKING
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.adapt.distill_weighted import MultiSourceDistiller as MultiSourceDistiller
+    from downriver.adapt.distill_weighted import distill_nearest as distill_nearest
+    from downriver.adapt.distill_weighted import distill_weighted as distill_weighted
+    from downriver.adapt.distill_weighted import task_weights as task_weights
+    from downriver.adapt.edit.apply import EditResult as EditResult
+    from downriver.adapt.edit.apply import apply_edit as apply_edit
+    from downriver.adapt.edit.covariance import key_covariance as key_covariance
+    from downriver.adapt.edit.requests import recalls as recalls
     from downriver.adapt.engine import fine_tune as fine_tune
+    from downriver.adapt.fixmatch import fixmatch as fixmatch
     from downriver.adapt.full import full as full
     from downriver.adapt.linear_probe import linear_probe as linear_probe
     from downriver.adapt.lora import lora as lora
     from downriver.adapt.lora import merge_adapter as merge_adapter
+    from downriver.adapt.multi_teacher import SourceModel as SourceModel
     from downriver.adapt.trainer import Term as Term
 
 METHODS = {
+    "distill_nearest": "downriver.adapt.distill_weighted:distill_nearest",
+    "distill_weighted": "downriver.adapt.distill_weighted:distill_weighted",
     "full": "downriver.adapt.full:full",
     "linear_probe": "downriver.adapt.linear_probe:linear_probe",
     "lora": "downriver.adapt.lora:lora",
@@ -22,8 +34,16 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     METHODS
     | {
+        "EditResult": "downriver.adapt.edit.apply:EditResult",
+        "MultiSourceDistiller": "downriver.adapt.distill_weighted:MultiSourceDistiller",
+        "SourceModel": "downriver.adapt.multi_teacher:SourceModel",
         "Term": "downriver.adapt.trainer:Term",
+        "apply_edit": "downriver.adapt.edit.apply:apply_edit",
         "fine_tune": "downriver.adapt.engine:fine_tune",
+        "fixmatch": "downriver.adapt.fixmatch:fixmatch",
+        "key_covariance": "downriver.adapt.edit.covariance:key_covariance",
         "merge_adapter": "downriver.adapt.lora:merge_adapter",
+        "recalls": "downriver.adapt.edit.requests:recalls",
+        "task_weights": "downriver.adapt.distill_weighted:task_weights",
     },
 )

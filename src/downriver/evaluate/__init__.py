@@ -5,7 +5,24 @@ from typing import TYPE_CHECKING
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.evaluate.collapse import Collapsed as Collapsed
+    from downriver.evaluate.collapse import CollapseGuard as CollapseGuard
+    from downriver.evaluate.collapse import CollapseWarning as CollapseWarning
+    from downriver.evaluate.collapse import GuardReport as GuardReport
+    from downriver.evaluate.collapse import surrogate_validity as surrogate_validity
     from downriver.evaluate.evaluate import evaluate as evaluate
+    from downriver.evaluate.geometry import GeometryReport as GeometryReport
+    from downriver.evaluate.geometry import ccgp as ccgp
+    from downriver.evaluate.geometry import geometry_report as geometry_report
+    from downriver.evaluate.geometry import parallelism_score as parallelism_score
+    from downriver.evaluate.geometry import participation_ratio as participation_ratio
+    from downriver.evaluate.geometry_task import GeometryTask as GeometryTask
+    from downriver.evaluate.geometry_task import random_task as random_task
+    from downriver.evaluate.geometry_task import xor_task as xor_task
+    from downriver.evaluate.layers import layer_features as layer_features
+    from downriver.evaluate.perplexity import PerplexityReport as PerplexityReport
+    from downriver.evaluate.perplexity import SurrogatePerplexity as SurrogatePerplexity
+    from downriver.evaluate.perplexity import perplexity as perplexity
     from downriver.evaluate.predict import Predictions as Predictions
     from downriver.evaluate.predict import predict as predict
     from downriver.evaluate.retention import retention as retention
@@ -14,10 +31,27 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "CollapseGuard": "downriver.evaluate.collapse:CollapseGuard",
+        "CollapseWarning": "downriver.evaluate.collapse:CollapseWarning",
+        "Collapsed": "downriver.evaluate.collapse:Collapsed",
+        "GeometryReport": "downriver.evaluate.geometry:GeometryReport",
+        "GeometryTask": "downriver.evaluate.geometry_task:GeometryTask",
+        "GuardReport": "downriver.evaluate.collapse:GuardReport",
+        "PerplexityReport": "downriver.evaluate.perplexity:PerplexityReport",
         "Predictions": "downriver.evaluate.predict:Predictions",
+        "SurrogatePerplexity": "downriver.evaluate.perplexity:SurrogatePerplexity",
+        "ccgp": "downriver.evaluate.geometry:ccgp",
         "evaluate": "downriver.evaluate.evaluate:evaluate",
+        "geometry_report": "downriver.evaluate.geometry:geometry_report",
         "half_document_retrieval": "downriver.evaluate.retrieval:half_document_retrieval",
+        "layer_features": "downriver.evaluate.layers:layer_features",
+        "parallelism_score": "downriver.evaluate.geometry:parallelism_score",
+        "participation_ratio": "downriver.evaluate.geometry:participation_ratio",
+        "perplexity": "downriver.evaluate.perplexity:perplexity",
         "predict": "downriver.evaluate.predict:predict",
+        "random_task": "downriver.evaluate.geometry_task:random_task",
         "retention": "downriver.evaluate.retention:retention",
+        "surrogate_validity": "downriver.evaluate.collapse:surrogate_validity",
+        "xor_task": "downriver.evaluate.geometry_task:xor_task",
     },
 )

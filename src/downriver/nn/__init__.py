@@ -2,4 +2,8 @@
 
 from downriver.core.lazy import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, {"linear_head": "downriver.nn.heads:linear_head"})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {name: f"downriver.nn.similarity:{name}" for name in ("cka", "parc", "rsa")}
+    | {"linear_head": "downriver.nn.heads:linear_head"},
+)
