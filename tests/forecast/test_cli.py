@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from downriver.cli.forecast import app
 from downriver.core.errors import InputError
+from downriver.forecast import RunTable
 
 N = np.repeat([1e7, 8e7, 4e8], 3)
 D = N * np.tile([20.0, 80.0, 320.0], 3)
@@ -179,3 +180,122 @@ def test_bad_plans_are_one_clear_error(runs, tmp_path):
         run("fit", runs, "--predict", plan)
     with pytest.raises(InputError, match="is not there"):
         run("fit", runs, "--predict", tmp_path / "absent.csv")
+
+
+def test_predict_is_fit_with_a_plan(runs, plan):
+    rows = json.loads(run("fit", runs, "--predict", plan, "--json"))
+    assert json.loads(run("predict", runs, plan, "--json")) == rows
+    assert json.loads(run("predict", runs, "--params", 6.9e9, "--tokens", 138e9, "--json")) == rows[:1]
+    with pytest.raises(InputError, match="a table of targets, or both"):
+        run("predict", runs, "--params", 6.9e9)
+
+
+def test_intervals_can_be_widened(runs, plan):
+    (one, *_), (two, *_) = (json.loads(run("predict", runs, plan, "--json", "--widen", by)) for by in (1, 2))
+    for name in ("loss", "error"):
+        assert two[name] == one[name]
+        assert two[f"{name}_high"] - two[name] == pytest.approx(2 * (one[f"{name}_high"] - one[name]))
+        assert two[name] - two[f"{name}_low"] == pytest.approx(2 * (one[name] - one[f"{name}_low"]))
+
+
+def test_products_beyond_64_bits_stay_positive(runs, tmp_path):
+    plan = tmp_path / "huge.csv"
+    plan.write_text("params,tokens\n9000000000000000000,9000000000000000000\n")
+    (row,) = json.loads(run("predict", runs, plan, "--json"))
+    assert row["extrapolation_ratio"] == pytest.approx(6 * 9e18 * 9e18 / (6 * N * D).sum()) and row["loss"] > 0
+
+
+def test_plans(runs):
+    (bought,) = json.loads(run("plan", runs, "--compute", 1e21, "--json"))
+    assert bought["compute"] == pytest.approx(1e21) and bought["compute_low"] is None
+    assert set(bought) > KEYS and bought["serving_flop_per_token"] == 2 * bought["params"]
+    (goal,) = json.loads(run("plan", runs, "--error", bought["error"], "--json"))
+    assert goal["params"] == pytest.approx(bought["params"], rel=1e-6)
+    assert goal["compute_low"] < 1e21 < goal["compute_high"]
+    first, worse, dearer = json.loads(run("plan", runs, "--loss", bought["loss"], "--overtrain", 32, "--json"))
+    assert first["params"] == pytest.approx(bought["params"], rel=1e-6)
+    assert worse["tokens_per_parameter"] == pytest.approx(640) and worse["loss"] > first["loss"]
+    assert dearer["loss"] == pytest.approx(first["loss"]) and dearer["break_even_tokens"] > 0
+    text = run("plan", runs, "--compute", 1e21, "--overtrain", 32)
+    assert "32x over-trained, same loss" in text and "dearer to train, pays after" in text
+    for arguments in ((), ("--compute", 1e21, "--loss", 3)):
+        with pytest.raises(InputError, match="one of --compute, --error and --loss"):
+            run("plan", runs, *arguments)
+
+
+@pytest.mark.parametrize("picture", ["law", "residuals", "truth"])
+def test_pictures(runs, plan, tmp_path, picture):
+    assert "drawn to" in run("plot", runs, tmp_path / "p.png", "--picture", picture, "--predict", plan)
+    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_from_an_lm_eval_folder_to_a_plan(tmp_path):
+    sizes = ["model,tokens,loss"]
+    for i, (n, d, loss, error) in enumerate(zip(N, D, LOSS, ERROR, strict=True)):
+        place = tmp_path / "results" / f"me__m{i}"
+        place.mkdir(parents=True)
+        results = {"quiz": {"acc,none": 1 - error}}
+        content = {"model_name": f"me/m{i}", "config": {"model_num_parameters": int(n)}, "results": results}
+        (place / "results_2026-01-01T00-00-00.json").write_text(json.dumps(content))
+        sizes.append(f"m{i},{d},{loss}")
+    (tmp_path / "sizes.csv").write_text("\n".join(sizes))
+    table = tmp_path / "runs.csv"
+    text = run("collect", tmp_path / "results", table, "--sizes", tmp_path / "sizes.csv")
+    assert text.startswith("9 runs with 1 losses and 2 metrics")
+    assert "epsilon - k exp(-gamma L)" in run("fit", table)
+    assert "relative error" in run("backtest", table, "--hide", 2, "--metric", "error")
+    (row,) = json.loads(run("plan", table, "--compute", 1e21, "--json"))
+    assert 0 < row["error_low"] < row["error"] < row["error_high"] < 1
+
+
+def test_ladder_of_ones_own_table(tmp_path):
+    table, plan = tmp_path / "runs.csv", tmp_path / "plan.csv"
+    bits = 0.4 + 90 * N**-0.3 + 40 * D**-0.25
+    rows = zip(N, D, LOSS, bits, 0.7 / (1 + np.exp(-6 * (bits - 0.9))), strict=True)
+    table.write_text("params,tokens,loss,bpb_x,error_x\n" + "\n".join(",".join(map(str, row)) for row in rows))
+    plan.write_text("params,tokens\n6.9e9,138e9\n")
+    (row,) = json.loads(run("ladder", table, "--predict", plan, "--json"))
+    assert row["task"] == "x" and row["loss"] == pytest.approx(0.4 + 90 * 6.9e9**-0.3 + 40 * 138e9**-0.25, rel=1e-3)
+    text = run("ladder", table, "--up-to", 1e8, "--plot", tmp_path / "p.png")
+    assert "points off on average over 1 tasks" in text and (tmp_path / "p.png").exists()
+    with pytest.raises(InputError, match="no run has more than 1e"):
+        run("ladder", table, "--up-to", 1e12)
+
+
+def test_coverage(tmp_path):
+    compute = np.array([1, 2, 4, 8, 16, 32, 64.0])
+    header = "Model,Model Family,Model Size (B),Pretraining Data Size (T),FLOPs (1E21),MMLU"
+    lines = [
+        f"{family}{i},{family},{c},1,{6 * c},{1 - (0.2 + scale * c**-0.4) * (1 + 0.01 * (-1) ** i)}"
+        for family, scale in (("A", 0.6), ("B", 0.4))
+        for i, c in enumerate(compute)
+    ]
+    (tmp_path / "obs_scaling").mkdir()
+    (tmp_path / "obs_scaling" / "base_llm_benchmark_eval.csv").write_text("\n".join([header, *lines]))
+    one, two, every = json.loads(run("coverage", tmp_path, "--json"))
+    assert (one["ladder"], two["ladder"], every["ladder"]) == ("family A", "family B", "all")
+    assert one["n"] == 1 and every["n"] == 2 and every["factor"] >= max(one["factor"], two["factor"])
+    assert "factor" in run("coverage", tmp_path)
+
+
+def test_notes_of_a_table_are_said_with_every_forecast(runs, plan, tmp_path):
+    lines = runs.read_text().splitlines()
+    n, *rest = lines[1].split(",")
+    both = tmp_path / "both.csv"
+    both.write_text("\n".join([*lines, ",".join([str(float(n) * 1.4), *rest])]))
+    rows = json.loads(run("predict", both, plan, "--json"))
+    assert all("counted with embeddings and without" in row["warnings"][0] for row in rows)
+
+
+def test_collect_names_the_loss_and_the_error(shared_data, tmp_path):
+    table = tmp_path / "runs.csv"
+    arguments = ("collect", shared_data("overtraining_testbed"), table, "--from", "testbed", "--at-least", 20)
+    assert run(*arguments, "--loss", "openlm", "--error", "avg_subset_error").startswith("53 runs with 9 losses")
+    found, whole = RunTable.read(table), RunTable.from_testbed(shared_data("overtraining_testbed"))
+    kept = whole.select(whole.multiplier > 19.9)
+    np.testing.assert_allclose(found.loss, kept.losses["openlm"])
+    np.testing.assert_allclose(found.metrics["error"], kept.metrics["avg_subset_error"])
+    with pytest.raises(InputError, match="unknown loss 'c5_val': did you mean 'c4_val'"):
+        run(*arguments, "--loss", "c5_val")
+    with pytest.raises(InputError, match="unknown metric 'avg'"):
+        run(*arguments, "--error", "avg")

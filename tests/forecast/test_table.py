@@ -77,7 +77,7 @@ def test_the_same_size_twice_is_fine_when_the_losses_differ_or_the_groups_do():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"losses": {}}, "at least one loss"),
+        ({"losses": {}}, "at least one loss or metric"),
         ({"tokens": [1e7]}, "one length"),
         ({"metrics": {"error": [0.5]}}, "error: 2 finite numbers"),
         ({"metrics": {"error": ["a", "b"]}}, "error: numbers"),

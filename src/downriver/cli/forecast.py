@@ -1,4 +1,4 @@
-"""``downriver forecast``: fit a law to a table of runs, forecast a plan, and test the law on the runs it has."""
+"""``downriver forecast``: collect runs, fit a law, forecast, plan, draw, and test the law where the truth is known."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import typer
 from downriver.core.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from downriver.forecast import Backtest, Chain, RunTable
+    from downriver.forecast import Backtest, Chain, Plan, RunTable
 
 app = typer.Typer(help="Predict a large run from small ones, with intervals and a test.", no_args_is_help=True)
 
@@ -32,6 +32,41 @@ class Objective(StrEnum):
     huber_log = "huber_log"
 
 
+class Source(StrEnum):
+    """Layouts that ``collect`` reads."""
+
+    lm_eval = "lm-eval"
+    wandb = "wandb"
+    measurements = "measurements"
+    testbed = "testbed"
+    olmo_ladder = "olmo-ladder"
+    chinchilla = "chinchilla"
+    obs_scaling = "obs-scaling"
+
+
+class Share(StrEnum):
+    """What the tasks of a ladder have in common."""
+
+    none = "none"
+    exponents = "exponents"
+    exponent = "exponent"
+
+
+class Measure(StrEnum):
+    """The loss of a task."""
+
+    bpb = "bpb"
+    soft = "soft"
+
+
+class Picture(StrEnum):
+    """What ``plot`` draws."""
+
+    law = "law"
+    residuals = "residuals"
+    truth = "truth"
+
+
 RUNS = Annotated[
     Path, typer.Argument(help="A CSV, JSONL or Parquet table of runs: params, tokens, loss[, error][, group].")
 ]
@@ -39,6 +74,8 @@ LAW = Annotated[LawName, typer.Option("--law", help="Which law.")]
 OBJECTIVE = Annotated[Objective, typer.Option(help="Least squares on the values, or Huber's loss on logarithms.")]
 GROUP = Annotated[str | None, typer.Option(help="Only the runs of this group.")]
 LEVEL = Annotated[float, typer.Option(min=0.01, max=0.999, help="Level of the intervals.")]
+METRIC = Annotated[str | None, typer.Option(help="A metric of the table; by default error, else the loss.")]
+WIDEN = Annotated[float, typer.Option(min=0.0, help="Stretch intervals by this factor, as `coverage` finds it.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -50,6 +87,7 @@ def fit(
     objective: OBJECTIVE = Objective.lsq,
     group: GROUP = None,
     level: LEVEL = 0.95,
+    widen: WIDEN = 1.0,
     as_json: JSON = False,
 ) -> None:
     """Fit a law to RUNS and print it; with --predict, forecast every row of a plan, in its order.
@@ -61,11 +99,9 @@ def fit(
     forecast = _curve_forecasts if law is LawName.learning_curve else _run_forecasts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all of them are said in the output
-        found = forecast(runs, law, predict, objective, group, level)
-    if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
-    elif predict:
-        _print(found)
+        found = [_widened(row, widen) for row in forecast(runs, law, predict, objective, group, level)]
+    if as_json or predict:
+        _show(found, as_json)
     else:
         typer.echo("\n".join(one["report"] for one in found))
 
@@ -127,6 +163,243 @@ def public_testbed(
         typer.echo(f"{inside} of {len(found)} lie inside the 90 % interval")
 
 
+@app.command()
+def collect(
+    source: Annotated[Path, typer.Argument(help="A folder or file of results.")],
+    to: Annotated[Path, typer.Argument(help="The table to write: CSV or Parquet.")],
+    layout: Annotated[Source, typer.Option("--from", help="How the results are laid out.")] = Source.lm_eval,
+    sizes: Annotated[
+        Path | None, typer.Option(help="A table with model (or run), params, tokens, and loss where you have it.")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="Which loss: task/metric of lm-eval, or a column or metric.")] = None,
+    at_least: Annotated[float, typer.Option(help="Leave out runs with fewer tokens a parameter; 20 is usual.")] = 0.0,
+    error: Annotated[
+        str | None, typer.Option(help="Which metric is the error or accuracy (lm-eval: acc_norm).")
+    ] = None,
+) -> None:
+    """Make one table of runs from evaluations, exports or a public ladder: what every other command takes."""
+    from downriver.forecast import RunTable
+
+    read: dict[Source, Any] = {
+        Source.lm_eval: lambda: RunTable.from_lm_eval(source, sizes, loss=loss, metric=error),
+        Source.wandb: lambda: RunTable.from_wandb(source, sizes, loss=loss),
+        Source.measurements: lambda: RunTable.from_measurements(source, loss or "loss", error),
+        Source.testbed: lambda: RunTable.from_testbed(source),
+        Source.olmo_ladder: lambda: RunTable.from_olmo_ladder(source),
+        Source.chinchilla: lambda: RunTable.from_chinchilla(source),
+        Source.obs_scaling: lambda: RunTable.from_obs_scaling(source),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        table = read[layout]()
+    table = _tidy(table.select(table.multiplier >= at_least * 0.999), loss, error)
+    table.write(to)
+    typer.echo(f"{len(table)} runs with {len(table.losses)} losses and {len(table.metrics)} metrics in {to}")
+    for note in table.notes:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
+def predict(
+    runs: RUNS,
+    plan: Annotated[Path | None, typer.Argument(help="A table of targets: params and tokens.")] = None,
+    params: Annotated[float | None, typer.Option(help="Parameters of one target.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens of one target.")] = None,
+    law: LAW = LawName.overtraining,
+    objective: OBJECTIVE = Objective.lsq,
+    group: GROUP = None,
+    level: LEVEL = 0.95,
+    widen: WIDEN = 1.0,
+    as_json: JSON = False,
+) -> None:
+    """Forecast a plan, or one target: the same as `fit --predict`."""
+    if (plan is None) == (params is None or tokens is None) or (law is LawName.learning_curve and plan is None):
+        raise InputError("predict: a table of targets, or both --params and --tokens, is expected")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        if law is LawName.learning_curve:
+            found = _curve_forecasts(runs, law, plan, objective, group, level)
+        else:
+            targets = None if params is None or tokens is None else [(params, tokens)]
+            found = _run_forecasts(runs, law, plan, objective, group, level, targets)
+    _show([_widened(row, widen) for row in found], as_json)
+
+
+@app.command()
+def plan(
+    runs: RUNS,
+    compute: Annotated[float | None, typer.Option(help="A budget of training FLOP: what does it buy?")] = None,
+    error: Annotated[float | None, typer.Option(help="A goal: which N and D reach this error most cheaply?")] = None,
+    loss: Annotated[float | None, typer.Option(help="A goal: which N and D reach this loss most cheaply?")] = None,
+    overtrain: Annotated[
+        float | None, typer.Option(help="Is it worth it to train this many times longer than 20 tokens a parameter?")
+    ] = None,
+    anywhere: Annotated[
+        bool, typer.Option("--anywhere", help="Let tokens a parameter leave the range of the fitted runs.")
+    ] = False,
+    law: LAW = LawName.overtraining,
+    objective: OBJECTIVE = Objective.lsq,
+    group: GROUP = None,
+    level: LEVEL = 0.95,
+    widen: WIDEN = 1.0,
+    as_json: JSON = False,
+) -> None:
+    """Say what a budget buys, what a goal costs, and when over-training pays.
+
+    With --overtrain two more models follow: with the same compute, smaller and worse; and with the same loss, smaller
+    and dearer to train, and how many served tokens pay that back.
+    """
+    from downriver.forecast import buy, cheapest, overtrained
+
+    if sum(v is not None for v in (compute, error, loss)) != 1:
+        raise InputError("plan: one of --compute, --error and --loss is expected")
+    if law is LawName.learning_curve:
+        raise InputError("plan: a law of params and tokens is expected, overtraining or chinchilla")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        table = _table(runs, group)
+        chain = _chain(table, law, objective)
+        if compute is not None:
+            first = buy(chain, compute, level, anywhere)
+        else:
+            first = cheapest(chain, loss=loss, error=error, level=level, anywhere=anywhere)
+        plans = [first] if overtrain is None else [first, *overtrained(chain, first, overtrain, level)]
+    rows = [_widened(_planned(one, _mixed(table)), widen) for one in plans]
+    typer.echo(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) if as_json else _in_words(rows))
+
+
+@app.command("ladder")
+def task_ladder(
+    source: Annotated[
+        Path,
+        typer.Argument(help="ladder-runs of github.com/allenai/OLMo-ladder, or a table with bpb_ and error_ columns."),
+    ],
+    share: Annotated[
+        Share, typer.Option(help="Exponents common to all tasks, or none (the paper's).")
+    ] = Share.exponents,
+    weigh: Annotated[
+        bool | None, typer.Option(help="Weigh by the noise of last checkpoints; by default where there are any.")
+    ] = None,
+    measure: Annotated[Measure, typer.Option(help="The loss of a task.")] = Measure.bpb,
+    up_to: Annotated[
+        float, typer.Option(help="Fit the runs of at most so many parameters, forecast the others.")
+    ] = 2e9,
+    predict: Annotated[
+        Path | None, typer.Option(help="Forecast this plan (params, tokens) from all runs of a table.")
+    ] = None,
+    level: LEVEL = 0.9,
+    plot: Annotated[Path | None, typer.Option(help="Draw forecasts against the truth to this PNG file.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Forecast every task of a benchmark in two steps: N and D to the task's loss, that to its error."""
+    from downriver.forecast import RunTable, TaskLadder
+    from downriver.forecast.ladder import held_out, public
+
+    ladder = TaskLadder(share.value, weigh, measure.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        if source.is_dir():
+            found = public(source, ladder, up_to, level)
+        else:
+            table = RunTable.read(source)
+            if predict:
+                ladder.fit(table)
+                found = _ladder_plan(ladder, predict, level)
+            else:
+                named = table if len(set(table.names)) == len(table) else _numbered(table)
+                small = named.params <= up_to
+                if small.all():
+                    raise InputError(f"no run has more than {up_to:g} parameters: lower --up-to, or give --predict")
+                ladder.fit(named.select(small))
+                found = held_out(named, list(named.select(~small).names), ladder, level)
+    if plot:
+        from downriver.forecast.plot import plot_truth
+
+        if "error" not in found[0]:
+            raise InputError("plot: forecasts of a plan have no truth to be drawn against")
+        truth, said, low, high = (
+            [row[k] for row in found] for k in ("error", "error_forecast", "error_low", "error_high")
+        )
+        plot_truth(truth, said, plot, low, high, [row["task"] for row in found], "error")
+    _show(found, as_json)
+    if not as_json and "points_off" in found[0]:
+        for run in dict.fromkeys(row["run"] for row in found):
+            off = [abs(row["points_off"]) for row in found if row["run"] == run]
+            typer.echo(f"{run}: {sum(off) / len(off):.2f} points off on average over {len(off)} tasks")
+
+
+@app.command()
+def coverage(
+    folder: Annotated[Path, typer.Argument(help="Holds overtraining_testbed, olmo_ladder, chinchilla or obs_scaling.")],
+    level: LEVEL = 0.9,
+    as_json: JSON = False,
+) -> None:
+    """Measure how often intervals held the truth on public ladders, and the factor (--widen) that mends it.
+
+    It hides the largest runs of every ladder and takes a few minutes. `factor` is learnt on the other ladders.
+    """
+    from dataclasses import asdict
+
+    from downriver.forecast.coverage import coverage as measure
+    from downriver.forecast.coverage import factor, public_outcomes
+
+    outcomes = public_outcomes(folder, level)
+    rows = [
+        {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(row).items()}
+        for row in measure(outcomes, level)
+    ]
+    for kind in dict.fromkeys(o.kind for o in outcomes):
+        of_kind = [o for o in outcomes if o.kind == kind]
+        by = factor(of_kind, level)
+        inside = sum(o.inside for o in of_kind) / len(of_kind)
+        after = sum(o.half_widths <= by for o in of_kind) / len(of_kind)
+        every = {"ladder": "all", "kind": kind, "n": len(of_kind), "covered": inside}
+        rows.append(every | {"factor": by, "covered_widened": after})
+    _show(rows, as_json)
+
+
+@app.command()
+def plot(
+    runs: RUNS,
+    to: Annotated[Path, typer.Argument(help="The PNG file to draw.")],
+    picture: Annotated[
+        Picture, typer.Option(help="Curves and bands, residuals, or each run left out against the truth.")
+    ] = Picture.law,
+    predict: Annotated[
+        Path | None, typer.Option(help="Draw the forecasts of this plan too: params and tokens.")
+    ] = None,
+    metric: METRIC = None,
+    law: LAW = LawName.overtraining,
+    objective: OBJECTIVE = Objective.lsq,
+    group: GROUP = None,
+    level: LEVEL = 0.9,
+) -> None:
+    """Draw a law with its runs, its residuals, or what it says of each run when that run is left out."""
+    from downriver.core.table import read_table
+    from downriver.forecast.plot import plot_law, plot_residuals, plot_truth
+
+    if law is LawName.learning_curve:
+        raise InputError("plot: a law of params and tokens is expected; draw learning curves with backtest --plot")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        table = _table(runs, group)
+        chain = _chain(table, law, objective, metric)
+        if picture is Picture.law:
+            targets = read_table(predict, numeric=["params", "tokens"]) if predict else None
+            pairs = [] if targets is None else list(zip(targets["params"], targets["tokens"], strict=True))
+            plot_law(chain, table, to, pairs, level)
+        elif picture is Picture.residuals:
+            plot_residuals(chain, table, to)
+        else:
+            left_out = chain.law.audit().left_out
+            known = [i for i, off in enumerate(left_out) if math.isfinite(off)]
+            if not known:
+                raise InputError("plot: no run can be left out, the others do not determine the law")
+            reached = chain.law.fit_.y[known]
+            plot_truth(reached, reached * (1 + left_out[known]), to, name="loss")
+    typer.echo(f"drawn to {to}")
+
+
 def _law(law: LawName, objective: Objective) -> Any:
     from downriver.forecast import LearningCurve, OverTrainingLaw
 
@@ -142,33 +415,125 @@ def _table(path: Path, group: str | None) -> "RunTable":
     return table if group is None else table.group(group)
 
 
+def _tidy(table: "RunTable", loss: str | None, error: str | None) -> "RunTable":
+    """The table with the loss and the error that are asked for under these names, as other commands look for them."""
+    from dataclasses import replace
+
+    losses, metrics = dict(table.losses), dict(table.metrics)
+    if losses and "loss" not in losses:
+        if loss is not None and loss not in losses:
+            raise unknown("loss", loss, losses)
+        losses = {"loss": losses[loss or next(iter(losses))]} | losses
+    if error is not None and "error" not in metrics:
+        if error not in metrics:
+            raise unknown("metric", error, metrics)
+        metrics = {"error": metrics[error]} | metrics
+    return replace(table, losses=losses, metrics=metrics)
+
+
+def _chain(table: "RunTable", law: LawName, objective: Objective, metric: str | None = None) -> "Chain":
+    from downriver.forecast import Chain
+
+    return Chain(_law(law, objective), metric=metric or ("error" if "error" in table.metrics else "loss")).fit(table)
+
+
+def _mixed(table: "RunTable") -> list[str]:
+    """What to say of every forecast of a table: its notes, and groups that are fitted together."""
+    groups = sorted(set(table.groups))
+    together = [f"{len(groups)} groups are fitted together: {', '.join(groups)}"] if len(groups) > 1 else []
+    return [*table.notes, *together]
+
+
 def _run_forecasts(
-    path: Path, law: LawName, plan: Path | None, objective: Objective, group: str | None, level: float
+    path: Path,
+    law: LawName,
+    plan: Path | None,
+    objective: Objective,
+    group: str | None,
+    level: float,
+    targets: list[tuple[float, float]] | None = None,
 ) -> list[dict[str, Any]]:
     from downriver.core.table import read_table
-    from downriver.forecast import Chain
 
     table = _table(path, group)
     groups = sorted(set(table.groups))
-
-    def chain(runs: "RunTable") -> "Chain":
-        return Chain(_law(law, objective), metric="error" if "error" in runs.metrics else "loss").fit(runs)
-
-    if plan is None:
-        return [_described(chain(table.group(name)), name, level) for name in groups]
-    targets = read_table(plan, numeric=["params", "tokens"])
-    apart = len(groups) > 1 and "group" in targets.columns
-    names = [str(name) for name in targets["group"]] if apart else [""] * targets.height
-    chains = {name: chain(table.group(name) if apart else table) for name in dict.fromkeys(names)}
-    pooled = len(groups) > 1 and not apart
-    mixed = [f"{len(groups)} groups are fitted together: {', '.join(groups)}"] if pooled else []
+    if plan is None and targets is None:
+        return [_described(_chain(table.group(name), law, objective), name, level) for name in groups]
+    names = [""] * len(targets or [])
+    if plan is not None:
+        frame = read_table(plan, numeric=["params", "tokens"])
+        targets = list(zip(frame["params"], frame["tokens"], strict=True))
+        apart = len(groups) > 1 and "group" in frame.columns
+        names = [str(name) for name in frame["group"]] if apart else [""] * frame.height
+    parts = {name: table.group(name) if name else table for name in dict.fromkeys(names)}
+    chains = {name: _chain(part, law, objective) for name, part in parts.items()}
     found = []
-    for name, N, D in zip(names, targets["params"], targets["tokens"], strict=True):
+    for name, (N, D) in zip(names, targets or [], strict=True):
         said = chains[name].forecast(N, D, level)
-        row = {"params": N, "tokens": D} | _values("loss", said.chain[0])
-        row |= _values("error", said.chain[1] if len(said.chain) > 1 else None)
-        found.append(row | {"extrapolation_ratio": said.extrapolation_ratio, "warnings": [*mixed, *said.warnings]})
+        found.append({"params": N, "tokens": D} | _said(said, _mixed(parts[name])))
     return found
+
+
+def _said(forecast: Any, mixed: list[str]) -> dict[str, Any]:
+    row = _values("loss", forecast.chain[0]) | _values("error", forecast.chain[1] if len(forecast.chain) > 1 else None)
+    return row | {"extrapolation_ratio": forecast.extrapolation_ratio, "warnings": [*mixed, *forecast.warnings]}
+
+
+def _planned(plan: "Plan", mixed: list[str]) -> dict[str, Any]:
+    """One row of a plan: the fields of a forecast, and what it costs to train and to serve."""
+    low, high = plan.compute_interval or (None, None)
+    return (
+        {"plan": plan.name, "params": plan.params, "tokens": plan.tokens}
+        | {"compute": plan.compute, "compute_low": _finite(low), "compute_high": _finite(high)}
+        | {"tokens_per_parameter": plan.multiplier}
+        | _said(plan.forecast, mixed)
+        | {"serving_flop_per_token": 2 * plan.params, "break_even_tokens": plan.break_even}
+    )
+
+
+def _in_words(rows: list[dict[str, Any]]) -> str:
+    """A plan in lines: what to train, what it costs, what it reaches."""
+    lines = []
+    for row in rows:
+        size = f"{row['params']:.3g} parameters, {row['tokens']:.3g} tokens"
+        lines.append(f"{row['plan']}: {size} ({row['tokens_per_parameter']:.3g} a parameter)")
+        serving = f"serving {row['serving_flop_per_token']:.3g} FLOP a token"
+        lines.append(f"  training {_shown('compute', row)} FLOP, {serving}")
+        reached = [f"{name} {_shown(name, row)}" for name in ("loss", "error") if row[name] is not None]
+        lines.append(f"  {', '.join(reached)}; {row['extrapolation_ratio']:,.3g} times the compute of the fitted runs")
+        if row["break_even_tokens"] is not None:
+            lines.append(f"  dearer to train, pays after {row['break_even_tokens']:.3g} served tokens")
+    return "\n".join(lines + [f"note: {said}" for said in dict.fromkeys(w for row in rows for w in row["warnings"])])
+
+
+def _widened(row: dict[str, Any], by: float) -> dict[str, Any]:
+    """A row with the intervals of its loss and error stretched about their values."""
+    from downriver.forecast.coverage import widened
+
+    found = dict(row)
+    for name in ("loss", "error") if by != 1 else ():
+        if row.get(f"{name}_low") is not None:
+            ends = widened(row[name], row[f"{name}_low"], row[f"{name}_high"], by)
+            found |= dict(zip((f"{name}_low", f"{name}_high"), ends, strict=True))
+    return found
+
+
+def _ladder_plan(ladder: Any, plan: Path, level: float) -> list[dict[str, Any]]:
+    from downriver.core.table import read_table
+
+    found = []
+    frame = read_table(plan, numeric=["params", "tokens"])
+    for N, D in zip(frame["params"], frame["tokens"], strict=True):
+        for task, said in ladder.forecast(N, D, level).items():
+            found.append({"params": N, "tokens": D, "task": task} | _said(said, []))
+    return found
+
+
+def _numbered(table: "RunTable") -> "RunTable":
+    """The table with its runs named by their rows."""
+    from dataclasses import replace
+
+    return replace(table, names=[f"row {i + 1}" for i in range(len(table))])
 
 
 def _curve_forecasts(
@@ -241,11 +606,19 @@ def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        _print(rows)
+
+
 def _print(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     names = [name for name in rows[0] if name != "warnings" and not name.endswith(("_low", "_high"))]
+    names = [name for name in names if any(row[name] is not None for row in rows)]
     table = Table(*(name.replace("_", " ") for name in names), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(_shown(name, row) for name in names))

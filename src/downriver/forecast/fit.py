@@ -152,6 +152,10 @@ class LawFit:
         Z = self.form.prepare(np.stack([p.ravel() for p in points])[:, :, None], self.units)
         return (self.form.curve(self.theta[:, None], Z)[0][:, 0] * self.units.y).reshape(points[0].shape)
 
+    def invert(self, y: Any) -> Array:
+        """The input at which the law reaches each value of ``y``; NaN where it never does. One-input laws only."""
+        return self.form.inverse(np.asarray(y, dtype=np.float64), self.theta, self.units)
+
     @property
     def residuals(self) -> Array:
         """What the fit leaves, in the scale of the objective: ``y - law`` or ``log(y / law)``."""

@@ -48,10 +48,10 @@ class Law(BaseEstimator):
             raise InputError(f"n_starts is {n_starts!r}: a whole number of at least 1 is expected")
 
 
-def caution(messages: list[str]) -> None:
+def caution(messages: list[str], stacklevel: int = 3) -> None:
     """Emit each message as a ``RuntimeWarning`` at the caller of the public method."""
     for message in messages:
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
 
 
 def shaped(values: Array, *like: Any) -> Any:

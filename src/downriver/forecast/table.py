@@ -1,14 +1,14 @@
 """A table of training runs: what laws are fitted to, read from wherever runs are kept.
 
 Reach for it to bring your own runs: a tidy CSV, JSONL or Parquet file with the columns ``params``, ``tokens``, ``loss``
-and, where measured, ``error`` and ``group``; measurements of studies; the ``trainer_state.json`` files that the Hugging
-Face Trainer writes; or one of the public testbeds.
+and, where measured, ``error`` and ``group``; a folder of lm-eval results; measurements of studies; the
+``trainer_state.json`` files that the Hugging Face Trainer writes; exports of Weights & Biases; or a public ladder.
 
 Everything is float64 from the start: 6ND overflows 64-bit integers from about 9.2e18.
 """
 
-import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,33 +19,12 @@ import numpy as np
 from downriver.core.errors import InputError, unknown
 from downriver.core.io import atomic_write
 from downriver.core.table import read_table
-from downriver.forecast.fit import Array, aligned, column
+from downriver.forecast.fit import Array, aligned
 
 if TYPE_CHECKING:
     import polars as pl
 
 Path_ = str | os.PathLike[str]
-
-# The 17 tasks that the over-training paper averages (scaling/constants.py of mlfoundations/scaling).
-SEVENTEEN = (
-    "bigbench_operators",
-    "pubmed_qa_labeled",
-    "hellaswag_zeroshot",
-    "boolq",
-    "arc_easy",
-    "coqa",
-    "bigbench_dyck_languages",
-    "lambada_openai",
-    "bigbench_novel_concepts",
-    "winograd",
-    "bigbench_cs_algorithms",
-    "commonsense_qa",
-    "bigbench_qa_wikidata",
-    "hellaswag",
-    "copa",
-    "squad",
-    "piqa",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +32,8 @@ class RunTable:
     """Runs as columns: parameters (one convention for all, embeddings included), tokens, losses and metrics.
 
     ``losses`` maps an evaluation set to the final loss on it (the first one is «the» loss), ``metrics`` maps a name
-    such as ``error`` to a fraction, NaN where it was not measured. ``groups`` and ``names`` label the runs.
+    such as ``error`` to a fraction, NaN where it was not measured; one of the two may be empty. ``groups`` and
+    ``names`` label the runs; ``notes`` say what a reader left out or finds odd.
 
     Raises ``InputError`` for columns of unequal length, values that are not positive finite numbers, and a run given
     twice.
@@ -69,10 +49,11 @@ class RunTable:
     metrics: Mapping[str, Array] = field(default_factory=dict)
     groups: Sequence[str] = ()
     names: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not self.losses:
-            raise InputError("a run table needs at least one loss")
+        if not self.losses and not self.metrics:
+            raise InputError("a run table needs at least one loss or metric")
         numbers = aligned({"params": self.params, "tokens": self.tokens} | dict(self.losses))
         n = len(numbers[0])
         metrics = {name: _partial(name, values, n) for name, values in self.metrics.items()}
@@ -89,7 +70,8 @@ class RunTable:
             object.__setattr__(self, name, value)
         seen: dict[tuple[Any, ...], int] = {}
         for row in range(n):
-            key = (labels["groups"][row], *(float(c[row]) for c in numbers))
+            measured = numbers if self.losses else [*numbers, *metrics.values()]
+            key = (labels["groups"][row], *(float(c[row]) for c in measured))
             if key in seen:
                 raise InputError(f"rows {seen[key] + 1} and {row + 1} are the same run, twice: remove one of them")
             seen[key] = row
@@ -99,7 +81,9 @@ class RunTable:
 
     @property
     def loss(self) -> Array:
-        """The first of the losses."""
+        """The first of the losses; ``InputError`` where the table has none."""
+        if not self.losses:
+            raise InputError(f"these runs have no loss, only {', '.join(list(self.metrics)[:5])}")
         return next(iter(self.losses.values()))
 
     @property
@@ -122,6 +106,7 @@ class RunTable:
             {name: values[rows] for name, values in self.metrics.items()},
             list(np.asarray(self.groups)[rows]),
             list(np.asarray(self.names)[rows]),
+            self.notes,
         )
 
     def group(self, name: str) -> "RunTable":
@@ -149,17 +134,30 @@ class RunTable:
     def read(cls, path: Path_, loss: str = "loss") -> "RunTable":
         """Read a tidy table: ``params``, ``tokens``, ``loss`` (or the column named), ``error``, ``group``, ``name``.
 
-        ``error`` may be empty where it was not measured; further columns that start with ``error_`` are metrics too.
+        ``error`` may be empty where it was not measured; further columns that start with ``error_`` are metrics too,
+        and such as start with ``bpb_`` are losses of tasks. Sizes that mix two conventions are noted where it shows: a
+        column ``params_no_embed`` that ``params`` equals in some rows only, or one run under two sizes.
         """
-        frame = read_table(path, numeric=["params", "tokens", loss])
-        metrics = [name for name in frame.columns if name == "error" or name.startswith("error_")]
-        return cls(
-            frame["params"].to_numpy(),
-            frame["tokens"].to_numpy(),
-            {"loss": frame[loss].to_numpy()},
-            {name: _nullable(path, frame[name]) for name in metrics},
-            [str(v) for v in frame["group"]] if "group" in frame.columns else (),
-            [str(v) for v in frame["name"]] if "name" in frame.columns else (),
+        columns = read_table(path).columns
+        metrics = [name for name in columns if name == "error" or name.startswith("error_")]
+        tasks = [name for name in columns if name.startswith("bpb_") and name != loss]
+        frame = read_table(path, numeric=["params", "tokens", loss, *tasks])
+        N, D = frame["params"].to_numpy(), frame["tokens"].to_numpy()
+        losses = {"loss": frame[loss].to_numpy()} | {name: frame[name].to_numpy() for name in tasks}
+        groups = [str(v) for v in frame["group"]] if "group" in frame.columns else [""] * len(N)
+        notes = _counted_twice(groups, N, D, list(losses.values()))
+        if "params_no_embed" in frame.columns:
+            notes += mixed_conventions(N, _nullable(path, frame["params_no_embed"]))
+        return _said(
+            cls(
+                N,
+                D,
+                losses,
+                {name: _nullable(path, frame[name]) for name in metrics},
+                groups,
+                [str(v) for v in frame["name"]] if "name" in frame.columns else (),
+                notes,
+            )
         )
 
     @classmethod
@@ -169,43 +167,67 @@ class RunTable:
         ``avg_error`` is the mean error of the 46 tasks, ``avg_subset_error`` that of the paper's 17, ``error_<task>``
         each of them; the first loss is ``c4_val``; the group is the training set.
         """
-        folder = Path(folder)
-        files = sorted((folder / "models").glob("*.json"))
-        if not files:
-            raise InputError(f"{folder} holds no models/*.json: the testbed's exp_data folder is expected")
-        rows = []
-        for file in files:
-            model = _json(file)
-            scores = _json(folder / "evals" / f"evaluation_{file.stem}_heavy.json")
-            try:
-                settings, accuracy = model["hyperparameters"], scores["eval_metrics"]["icl"]
-                losses = {_evaluation(r["val_data"][0]): float(r["loss"]) for r in model["results"]}
-                rows.append(
-                    (settings["params"], settings["tokens"], losses, accuracy, model["dataset_name"], file.stem)
-                )
-            except (KeyError, TypeError, IndexError) as error:
-                raise InputError(f"{file} is not a model file of the testbed: {error!r}") from error
-        sets = sorted(rows[0][2], key=lambda name: (name != "c4_val", name))
-        tasks = {f"error_{task}": np.array([1 - r[3][task] for r in rows]) for task in rows[0][3]}
-        averages = {
-            "avg_error": np.mean(list(tasks.values()), axis=0),
-            "avg_subset_error": np.mean([tasks[f"error_{task}"] for task in SEVENTEEN], axis=0),
-        }
-        return cls(
-            np.array([r[0] for r in rows], dtype=np.float64),
-            np.array([r[1] for r in rows], dtype=np.float64),
-            {name: np.array([r[2][name] for r in rows]) for name in sets},
-            averages | tasks,
-            [r[4] for r in rows],
-            [r[5] for r in rows],
-        )
+        from downriver.forecast.readers.public import testbed
+
+        return testbed(folder)
+
+    @classmethod
+    def from_olmo_ladder(cls, folder: Path_, last: int = 5, checkpoints: bool = False) -> "RunTable":
+        """Read the OLMo ladder (``ladder-runs`` of allenai/OLMo-ladder, Apache-2.0): 190M to 3B, and the 7B and 13B.
+
+        Losses: texts by name (the first is ``c4_en``), ``bpb_<task>`` (bits per byte of the right answer) and
+        ``soft_<task>`` (minus its log probability among the choices); metrics: ``error_<task>``. A task is named with
+        its split, and MMLU is one (``bpb_mmlu_test``). The group is the size, the name the run; parameters leave out
+        the input embedding, as the ladder counts them. A run's figures are the mean of its ``last`` checkpoints (5,
+        the ladder's choice), or with ``checkpoints=True`` each checkpoint is a row. Reruns, and evaluations of the
+        targets before their end, are left out.
+        """
+        from downriver.forecast.readers.public import olmo_ladder
+
+        return olmo_ladder(folder, last, checkpoints)
 
     @classmethod
     def from_chinchilla(cls, path: Path_) -> "RunTable":
         """Read Chinchilla points: ``svg_extracted_data.csv`` of epoch-research/analyzing-chinchilla; D = FLOP/6N."""
-        frame = read_table(path, numeric=["Model Size", "Training FLOP", "loss"])
-        N = frame["Model Size"].to_numpy()
-        return cls(N, frame["Training FLOP"].to_numpy() / (6 * N), {"loss": frame["loss"].to_numpy()})
+        from downriver.forecast.readers.public import chinchilla
+
+        return chinchilla(path)
+
+    @classmethod
+    def from_obs_scaling(cls, path: Path_) -> "RunTable":
+        """Read scores of public models: ``base_llm_benchmark_eval.csv`` of ryoungj/ObsScaling (Apache-2.0).
+
+        Metrics are ``error_<benchmark>`` (1 - score, NaN where not measured); the group is the model family. There is
+        no loss. Models without a published size or number of tokens are left out, and ``notes`` says how many.
+        """
+        from downriver.forecast.readers.public import obs_scaling
+
+        return _said(obs_scaling(path))
+
+    @classmethod
+    def from_lm_eval(
+        cls, folder: Path_, sizes: Any = None, *, loss: str | None = None, metric: str | None = None
+    ) -> "RunTable":
+        """Read a folder of lm-evaluation-harness output (``--output_path``): one run a model.
+
+        Args:
+            folder: holds ``results_*.json``, in subfolders too; of two results for one task the later counts. Where
+                ``samples_*.jsonl`` (``--log_samples``) lie beside them, bits per byte of the right answers of every
+                multiple-choice task become the losses ``bpb_<task>``.
+            sizes: a table with the columns ``model``, ``tokens``, and ``params`` and ``loss`` where you have them, or a
+                mapping from model to (params, tokens[, loss]). Without params, lm-eval's own count (all of them,
+                embeddings included) is taken.
+            loss: ``"task/metric"`` of a perplexity task, turned into nats; by default the sizes' loss, else the bits
+                per byte of the only task that has them, else the mean of the ``bpb_<task>``.
+            metric: which metric is a task's accuracy; by default ``acc_norm``, else ``acc``, ``exact_match``,
+                ``pass@1``, ``f1``, ``mcc``.
+
+        Metrics are ``error_<task>`` and their mean ``error`` over the tasks that every model has; a group of tasks
+        counts once. Sizes counted with embeddings for some models and without them for others are noted.
+        """
+        from downriver.forecast.readers.lm_eval import lm_eval
+
+        return _said(lm_eval(folder, sizes, loss=loss, metric=metric))
 
     @classmethod
     def from_measurements(
@@ -217,33 +239,9 @@ class RunTable:
         ``task`` keeps the rows of one task. Parameters and tokens are those that the measurement was charged; the group
         is the study.
         """
-        import polars as pl
+        from downriver.forecast.readers.tracked import measurements
 
-        frame = rows if isinstance(rows, pl.DataFrame) else read_table(rows)
-        needed = ("study", "arm", "seed", "task", "metric", "value", "direction", "parameters", "tokens")
-        if missing := [name for name in needed if name not in frame.columns]:
-            raise InputError(f"these are not measurements: column {missing[0]!r} is missing")
-        frame = frame.filter(pl.col("task") == task) if task is not None else frame
-        wanted = [loss] if error is None else [loss, error]
-        if absent := [name for name in wanted if name not in frame["metric"]]:
-            raise unknown("metric", absent[0], frame["metric"].unique())
-        if error is not None:
-            turned = (pl.col("direction") == "higher") & (pl.col("metric") == error)
-            frame = frame.with_columns(value=pl.when(turned).then(1 - pl.col("value")).otherwise("value"))
-        keys = ["study", "arm", "seed"]
-        costs = frame.group_by(keys, maintain_order=True).agg(pl.col("parameters", "tokens").max())
-        for name in wanted:
-            mean = pl.col("value").filter(pl.col("metric") == name).mean().alias(f"metric {name}")
-            costs = costs.join(frame.group_by(keys).agg(mean), on=keys, how="left", maintain_order="left")
-        costs = costs.drop_nulls(f"metric {loss}")
-        return cls(
-            costs["parameters"].to_numpy(),
-            costs["tokens"].to_numpy(),
-            {"loss": costs[f"metric {loss}"].to_numpy()},
-            {} if error is None else {"error": costs[f"metric {error}"].fill_null(np.nan).to_numpy()},
-            costs["study"].to_list(),
-            [f"{arm}, seed {seed}" for arm, seed in costs.select("arm", "seed").iter_rows()],
-        )
+        return measurements(rows, loss, error, task)
 
     @classmethod
     def from_trainer_states(cls, params: Mapping[Path_, float]) -> "RunTable":
@@ -253,35 +251,65 @@ class RunTable:
         training arguments records them; else they are total_flos / 6N). Checkpoints within a run are not runs of their
         own: under a decaying learning rate they do not lie on the law.
         """
-        N, D, losses = [], [], []
-        for path, size in params.items():
-            state = _json(Path(path))
-            evaluated = [row["eval_loss"] for row in state.get("log_history", []) if "eval_loss" in row]
-            if not evaluated:
-                raise InputError(f"{path}: no eval_loss in its log_history")
-            (size,) = column(f"params of {path}", [size])
-            tokens = state.get("num_input_tokens_seen") or state.get("total_flos", 0) / (6 * size)
-            if not tokens:
-                raise InputError(f"{path}: neither num_input_tokens_seen nor total_flos is recorded")
-            N.append(size)
-            D.append(float(tokens))
-            losses.append(float(evaluated[-1]))
-        return cls(np.array(N), np.array(D), {"loss": np.array(losses)}, names=[str(path) for path in params])
+        from downriver.forecast.readers.tracked import trainer_states
+
+        return trainer_states(params)
+
+    @classmethod
+    def from_wandb(
+        cls,
+        path: Path_,
+        sizes: Any = None,
+        *,
+        params: str | None = None,
+        tokens: str | None = None,
+        loss: str | None = None,
+    ) -> "RunTable":
+        """Read a CSV export of Weights & Biases: the table of runs, or a chart.
+
+        Of the table of runs, ``params``, ``tokens`` and ``loss`` name the columns (by default the usual names); runs
+        whose ``State`` is not ``finished`` are left out and noted. A chart has a column ``<run> - <metric>`` a run:
+        the last value counts, and ``sizes`` (a table with ``run``, ``params``, ``tokens``, or a mapping) is needed.
+        """
+        from downriver.forecast.readers.tracked import wandb
+
+        return _said(wandb(path, sizes, params, tokens, loss))
 
 
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} is not there") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
+def _said(table: RunTable) -> RunTable:
+    """Emit the table's notes as ``RuntimeWarning``, at the caller of the public reader."""
+    for note in table.notes:
+        warnings.warn(note, RuntimeWarning, stacklevel=3)
+    return table
 
 
-def _evaluation(path: str) -> str:
-    """The testbed names an evaluation by its folder, and the German one by its file."""
-    place = Path(path)
-    return place.stem if place.parent.name == "de-en" else place.parent.name
+def mixed_conventions(params: Array, counted: Array) -> list[str]:
+    """Say so where some sizes equal another count of the same models (``counted``, NaN where unknown) and some do not.
+
+    >>> mixed_conventions(np.array([7.0e7, 1.2e8]), np.array([7.0e7, 1.6e8]))
+    ['sizes mix two conventions: row 1 counts as the other column does, row 2 does not (embeddings?)']
+    """
+    known = np.isfinite(counted)
+    same = known & (np.abs(params / np.where(known, counted, 1.0) - 1) < 0.002)
+    if not same.any() or (same | ~known).all():
+        return []
+    first, other = int(np.flatnonzero(same)[0]) + 1, int(np.flatnonzero(known & ~same)[0]) + 1
+    rows = f"row {first} counts as the other column does, row {other} does not"
+    return [f"sizes mix two conventions: {rows} (embeddings?)"]
+
+
+def _counted_twice(groups: Sequence[str], params: Array, tokens: Array, losses: list[Array]) -> list[str]:
+    """Say so where one run seems to be there under two sizes: the same tokens and losses, another N."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for row in range(len(params)):
+        key = (groups[row], float(tokens[row]), *(float(c[row]) for c in losses))
+        if losses and key in seen and params[seen[key]] != params[row]:
+            return [
+                f"rows {seen[key] + 1} and {row + 1} have the same tokens and loss and other params: "
+                "is one run counted with embeddings and without?"
+            ]
+        seen[key] = row
+    return []
 
 
 def _nullable(path: Path_, cells: "pl.Series") -> Array:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.tasks.cells import CellBalancedSampler as CellBalancedSampler
+    from downriver.tasks.cells import CellGrid as CellGrid
     from downriver.tasks.columns import from_columns as from_columns
     from downriver.tasks.from_datasets import from_datasets as from_datasets
     from downriver.tasks.from_files import from_files as from_files
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "CellBalancedSampler": "downriver.tasks.cells:CellBalancedSampler",
+        "CellGrid": "downriver.tasks.cells:CellGrid",
         "LeakageReport": "downriver.tasks.leakage:LeakageReport",
         "Task": "downriver.tasks.task:Task",
         "from_columns": "downriver.tasks.columns:from_columns",
