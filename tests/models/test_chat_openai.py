@@ -346,6 +346,13 @@ class TestFaults:
             ask(chat(), "rain")
         assert len(server.requests) == 1
 
+    @pytest.fixture
+    def interruptible(self):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.usefixtures("interruptible")
     def test_an_interrupted_call_keeps_what_was_answered_and_holds_nothing(self, server, chat, tmp_path):
         one = chat(cache=tmp_path, concurrency=2, price=(1.0, 1.0), spending_limit=1.0)
         server.faults["2"], server.faults["3"] = ["hang"], ["hang"]

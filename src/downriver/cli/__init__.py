@@ -5,7 +5,7 @@ import sys
 import typer
 
 from downriver import __version__
-from downriver.cli import assets, forecast, merge, papers, study
+from downriver.cli import assets, data, forecast, merge, papers, rank, study
 from downriver.core.errors import DownriverError
 
 app = typer.Typer(
@@ -16,8 +16,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("study")(study.study)
+app.command("rank")(rank.rank)
 app.command("papers")(papers.papers)
 app.command("reproduce")(papers.reproduce)
+app.add_typer(data.app, name="data")
 app.add_typer(merge.app, name="merge")
 app.add_typer(forecast.app, name="forecast")
 app.add_typer(assets.app, name="assets")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from downriver.models.chat import OpenAIChat as OpenAIChat
     from downriver.models.chat import ScriptedChat as ScriptedChat
     from downriver.models.chat import SpendingLimit as SpendingLimit
+    from downriver.models.compute_graph import ComputeGraph as ComputeGraph
+    from downriver.models.compute_graph import compute_graph as compute_graph
     from downriver.models.images import ImageProcessor as ImageProcessor
     from downriver.models.load import load as load
     from downriver.models.model import Model as Model
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "ComputeGraph": "downriver.models.compute_graph:ComputeGraph",
         "ImageProcessor": "downriver.models.images:ImageProcessor",
         "Model": "downriver.models.model:Model",
         "builtin_names": "downriver.models.builtin:builtin_names",
+        "compute_graph": "downriver.models.compute_graph:compute_graph",
         "load": "downriver.models.load:load",
         "small": "downriver.models.small:small",
     }
