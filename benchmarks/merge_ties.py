@@ -111,9 +111,11 @@ def merged(python: str, script: str, *arguments: str) -> list[float] | None:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def largest_difference(a: Path, b: Path) -> float:
+def differences(a: Path, b: Path) -> tuple[int, int, float]:
+    """How many values differ between two checkpoints, of how many, and by how much at most."""
     one, other = open_checkpoint(a), open_checkpoint(b)
-    return max(float((one.read(n) - other.read(n)).abs().max()) for n in one.names() if n in other)
+    off = [(one.read(n) - other.read(n)).abs() for n in one.names() if n in other]
+    return sum(int((x > 0).sum()) for x in off), sum(x.numel() for x in off), max(float(x.max()) for x in off)
 
 
 def main() -> None:
@@ -148,9 +150,9 @@ def main() -> None:
             wall, cpu, peak = found
             print(f"  mergekit                 {wall:7.1f} s ({cpu:.1f} s), peak {peak:.0f} MiB")
             if own := ours["mergekit"]:
-                same = largest_difference(folder / "ours-mergekit", folder / "theirs")
+                differ, total, most = differences(folder / "ours-mergekit", folder / "theirs")
                 print(f"  mergekit / downriver: wall {wall / own[0]:.1f}, processor {cpu / own[1]:.1f}, ", end="")
-                print(f"memory {peak / own[2]:.1f}; largest difference of a value {same:g}")
+                print(f"memory {peak / own[2]:.1f}; {differ} of {total:,} values differ, by {most:g} at most")
     finally:
         shutil.rmtree(folder)
 

@@ -1,7 +1,7 @@
+import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,23 +25,33 @@ def test_seconds_and_memory_are_taken():
     assert meter.cost.peak_memory > 1_000_000
 
 
+PEAKS = """
+import numpy as np
+from downriver.core import metered
+
+def hold(megabytes):
+    np.ones(megabytes << 17).sum()
+
+hold(400)  # before: nobody's
+with metered() as outer:
+    with metered() as small:
+        hold(1)
+    with metered() as large:
+        hold(200)
+    with metered(outer=False) as hidden:
+        hold(300)
+print(*(meter.cost.peak_memory for meter in (small, large, hidden, outer)))
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets its high-water mark")
 def test_the_peak_is_that_of_the_metered_work_alone():
-    def hold(megabytes: int) -> None:
-        np.ones(megabytes << 17).sum()
-
-    hold(400)  # before: nobody's
-    with metered() as outer:
-        with metered() as small:
-            hold(1)
-        with metered() as large:
-            hold(200)
-        with metered(outer=False) as hidden:
-            hold(300)
-    base = small.cost.peak_memory
-    assert 190e6 < large.cost.peak_memory - base < 290e6
-    assert 290e6 < hidden.cost.peak_memory - base < 390e6
-    assert outer.cost.peak_memory == large.cost.peak_memory  # what is inside counts, what is hidden does not
+    """In a process of its own: others may have told the allocator to keep what is freed."""
+    said = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True).stdout
+    small, large, hidden, outer = map(int, said.split())
+    assert 190e6 < large - small < 290e6
+    assert 290e6 < hidden - small < 390e6
+    assert outer == large  # what is inside counts, what is hidden does not
 
 
 def test_charging_without_a_meter_is_harmless():

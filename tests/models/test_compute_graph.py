@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -96,16 +97,18 @@ def test_another_architecture_has_another_graph() -> None:
 
 
 def test_torch_fx_and_torch_export_see_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("downriver.models.compute_graph")
+
     def broken(*_: object) -> None:
         raise RuntimeError
 
     with monkeypatch.context() as only_fx:
-        only_fx.setattr("downriver.models.compute_graph._by_export", broken)
+        only_fx.setattr(module, "_by_export", broken)
         by_fx = compute_graph(Block(), torch.zeros(1, 4, 8, 8))
     assert by_fx.ops == ("Input", "Depthwise", "BatchNorm", "ReLU", "Add", "Mean", "Output")
     assert by_fx.edge_index.T.tolist() == [[0, 1], [1, 2], [2, 3], [0, 4], [3, 4], [4, 5], [5, 6]]
 
-    monkeypatch.setattr("downriver.models.compute_graph._by_fx", broken)
+    monkeypatch.setattr(module, "_by_fx", broken)
     assert compute_graph(Block(), {"x": torch.zeros(1, 4, 8, 8)}) == by_fx
 
 
