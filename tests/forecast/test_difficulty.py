@@ -86,7 +86,7 @@ def test_bad_files_are_named_with_the_line(write, tmp_path):
     with pytest.raises(InputError, match="line 2 is not a sample of lm-eval"):
         difficulty_features([broken])
     broken.write_text("{")
-    with pytest.raises(InputError, match="line 1 is not a sample"):
+    with pytest.raises(InputError, match="line 1 is not JSON"):
         difficulty_features([broken])
     with pytest.raises(InputError, match="doc_id 0 is there twice"):
         difficulty_features([write("twice", [choice(0, [0, 0], "0")] * 2)])

@@ -7,7 +7,6 @@ A multiple-choice item has a soft pass rate, the probability of the right option
 throw most items together. A generated answer needs many samples an item (lm-eval's ``repeats``; the paper takes 100).
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from downriver.core.errors import InputError
 from downriver.forecast.fit import Array
+from downriver.forecast.readers.lm_eval import sample_lines
 from downriver.forecast.table import Path_
 
 METRICS = ("exact_match", "pass@1", "acc", "f1")  # of a generated answer that was not sampled more than once
@@ -39,7 +39,7 @@ def difficulty_features(samples: Sequence[Path_], *, check: Callable[[str, str],
     same but for white space; an item with a single response has lm-eval's own metric. Raises ``InputError`` for a line
     that is not a sample, and for models that were tested on different items.
 
-    >>> import pathlib, tempfile
+    >>> import json, pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "samples_quiz.jsonl"
     >>> row = {"doc_id": 0, "target": "1", "arguments": {f"gen_args_{i}": {"arg_0": "2+2=", "arg_1": t}
     ...        for i, t in enumerate([" 3", " 4"])}, "resps": [[["-2.0", "False"]], [["-1.0", "True"]]]}
@@ -84,16 +84,9 @@ def option_pass_rates(log_likelihoods: Sequence[Any], right: Sequence[int]) -> A
 
 def _read(path: Path, check: Callable[[str, str], float]) -> dict[str, tuple[float, float]]:
     """Pass rate and chance of each item of a file."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
     found = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, row in sample_lines(path):
         try:
-            row = json.loads(line)
             rate, chance = _rate(row, check)
             name = str(row["doc_id"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -93,7 +93,7 @@ def items(path: Path_) -> Items:
     path = Path(path)
     task = re.sub(r"_\d{4}-\d\d-\d\dT[\d.-]+$", "", path.stem.removeprefix("samples_"))
     rows = {}
-    for number, row in _lines(path):
+    for number, row in sample_lines(path):
         try:
             names = [n for n in (*SCORES, *row.get("metrics", ())) if n in row]
             score = float(row[names[0]]) if names else math.nan
@@ -175,10 +175,11 @@ def _score(task: str, numbers: dict[str, float], metric: str | None) -> float | 
     return float(numbers[name])
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def sample_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file with the numbers of their lines, from 1; ``InputError`` names a line that is none."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
