@@ -114,7 +114,7 @@ def quickstart(seed: int, budget: Budget, scale: str) -> Iterator[Arm]:
     parameters={"encoder": ENCODER, "desks": DESKS, "tokens": LENGTH},
 )
 def curve(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
-    """The linear probe on nested training sets of growing size up to the full one, and the law's forecast of the last."""
+    """The linear probe on nested, growing training sets up to the full one, and the law's forecast of the last."""
     import torch
 
     from downriver.adapt import linear_probe
