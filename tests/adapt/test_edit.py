@@ -23,7 +23,7 @@ from downriver.adapt.edit.rome import rank_one
 from downriver.adapt.edit.values import optimise, read, templates
 from downriver.core.errors import DownriverError, InputError
 from downriver.models import Model, small
-from downriver.models.small import byte_tokenizer
+from downriver.models.tokenizers import byte_tokenizer
 
 REQUEST = {"prompt": "{} runs to the", "subject": "The Elbe", "target_new": "sea"}
 OTHER = {"prompt": "the mill at {} belongs to", "subject": "Ulm", "target_new": "Ann"}

@@ -6,11 +6,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from downriver.adapt import fine_tune, full, linear_probe, lora
-from downriver.adapt.engine import Budget
 from downriver.adapt.heads import ready
 from downriver.core import InputError, metered, registry
 from downriver.models import small
 from downriver.tasks import Task
+from downriver.training.engine import Budget
 
 
 @pytest.mark.parametrize("head", ["probe", "random"])

@@ -11,7 +11,7 @@ from torch import nn
 from downriver import models
 from downriver.core.assets import AssetUnavailable
 from downriver.core.errors import InputError
-from downriver.models.small import byte_tokenizer
+from downriver.models.tokenizers import byte_tokenizer
 
 SENTENCES = ["a cat sat on the mat", "a kitten lay on the rug", "stock prices fell on monday"]
 

@@ -3,7 +3,8 @@ import torch
 
 from downriver import models
 from downriver.core.errors import InputError
-from downriver.models.small import KINDS, SIZES, byte_tokenizer
+from downriver.models.small import KINDS, SIZES
+from downriver.models.tokenizers import byte_tokenizer
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from downriver.adapt.edit.apply import apply_edit as apply_edit
     from downriver.adapt.edit.covariance import key_covariance as key_covariance
     from downriver.adapt.edit.requests import recalls as recalls
-    from downriver.adapt.engine import fine_tune as fine_tune
     from downriver.adapt.fixmatch import fixmatch as fixmatch
     from downriver.adapt.full import full as full
     from downriver.adapt.linear_probe import linear_probe as linear_probe
     from downriver.adapt.lora import lora as lora
     from downriver.adapt.lora import merge_adapter as merge_adapter
     from downriver.adapt.multi_teacher import SourceModel as SourceModel
-    from downriver.adapt.trainer import Term as Term
+    from downriver.training.engine import fine_tune as fine_tune
+    from downriver.training.trainer import Term as Term
 
 METHODS = {
     "distill_nearest": "downriver.adapt.distill_weighted:distill_nearest",
@@ -37,9 +37,9 @@ __getattr__, __dir__, __all__ = attach(
         "EditResult": "downriver.adapt.edit.apply:EditResult",
         "MultiSourceDistiller": "downriver.adapt.distill_weighted:MultiSourceDistiller",
         "SourceModel": "downriver.adapt.multi_teacher:SourceModel",
-        "Term": "downriver.adapt.trainer:Term",
+        "Term": "downriver.training.trainer:Term",
         "apply_edit": "downriver.adapt.edit.apply:apply_edit",
-        "fine_tune": "downriver.adapt.engine:fine_tune",
+        "fine_tune": "downriver.training.engine:fine_tune",
         "fixmatch": "downriver.adapt.fixmatch:fixmatch",
         "key_covariance": "downriver.adapt.edit.covariance:key_covariance",
         "merge_adapter": "downriver.adapt.lora:merge_adapter",

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from downriver.adapt.engine import clone
 from downriver.adapt.heads import HeadStart, ready
 from downriver.adapt.multi_teacher import (
     Examples,
@@ -34,12 +33,13 @@ from downriver.adapt.multi_teacher import (
     labelled,
     unlabelled,
 )
-from downriver.adapt.trainer import Batch
 from downriver.adapt.two_streams import Draw, Optimizer, Recipe, forward, train
 from downriver.core import Budget, InputError, metered, unknown
 from downriver.models.model import Model
 from downriver.nn.similarity import cka, class_ids, parc, rsa
 from downriver.tasks.task import Task
+from downriver.training.engine import clone
+from downriver.training.trainer import Batch
 
 Similarity = Literal["parc", "cka", "rsa"]
 Score = Callable[[NDArray[np.float64], NDArray[np.int64]], float]

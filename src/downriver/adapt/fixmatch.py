@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from downriver.adapt.engine import clone
 from downriver.adapt.multi_teacher import SourceModel, encode, labelled
 from downriver.adapt.multi_teacher import unlabelled as without_labels
-from downriver.adapt.trainer import Batch
 from downriver.adapt.two_streams import Draw, Optimizer, Recipe, forward, train
 from downriver.core import Budget, InputError
 from downriver.models.model import Model
+from downriver.training.engine import clone
+from downriver.training.trainer import Batch
 
 
 def fixmatch(

@@ -8,13 +8,13 @@ al. 2022).
 from collections.abc import Sequence
 from pathlib import Path
 
-from downriver.adapt.engine import Precision, Schedule, fine_tune
 from downriver.adapt.heads import HeadStart, ready
 from downriver.adapt.lora import merge_adapter
-from downriver.adapt.trainer import Term
 from downriver.core import Budget
 from downriver.models.model import Model
 from downriver.tasks.task import Task
+from downriver.training.engine import Precision, Schedule, fine_tune
+from downriver.training.trainer import Term
 
 
 def full(

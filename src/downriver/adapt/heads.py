@@ -6,11 +6,11 @@ backbone to suit a head that knows nothing. A head that is fitted first leaves t
 
 from typing import Literal
 
-from downriver.adapt.engine import clone
 from downriver.adapt.linear_probe import linear_probe
 from downriver.core import Budget, InputError, metered, seeded, unknown
 from downriver.models.model import Model
 from downriver.tasks.task import Task
+from downriver.training.engine import clone
 
 HeadStart = Literal["probe", "random", "keep"]
 SHARE = 0.25

@@ -14,12 +14,12 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 
-from downriver.adapt.engine import accelerator
-from downriver.adapt.trainer import tokens_in
 from downriver.core import Budget, InputError, charge, count_flops, derive_seed, seeded
 from downriver.models.features import extract, inference
 from downriver.models.model import Model
 from downriver.tasks.task import Task
+from downriver.training.engine import accelerator
+from downriver.training.trainer import tokens_in
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 """The strengths of the L2 penalty to choose from; features are standardised, so they mean the same for every

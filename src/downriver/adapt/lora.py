@@ -14,12 +14,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from downriver.adapt.engine import Precision, Schedule, clone, fine_tune
 from downriver.adapt.heads import HeadStart, ready
-from downriver.adapt.trainer import Term
 from downriver.core import Budget, InputError, seeded
 from downriver.models.model import Model
 from downriver.tasks.task import Task
+from downriver.training.engine import Precision, Schedule, clone, fine_tune
+from downriver.training.trainer import Term
 
 
 def lora(

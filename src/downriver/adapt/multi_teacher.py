@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from downriver.adapt.engine import accelerator
 from downriver.core import InputError, charge, count_flops, seeded, unknown
 from downriver.models.features import Inputs, batches
 from downriver.models.model import Model, Row
 from downriver.nn.heads import linear_head
 from downriver.tasks.task import Task
+from downriver.training.engine import accelerator
 
 Rows = Tensor | Sequence[Row]
 Mode = Literal["labels", "features"]

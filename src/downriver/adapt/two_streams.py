@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from downriver.adapt.engine import accelerator
 from downriver.adapt.multi_teacher import Examples, encode
-from downriver.adapt.trainer import Batch, tokens_in
 from downriver.core import Budget, DownriverError, InputError, charge, count_flops, generator, seeded, unknown
 from downriver.models.model import Model
+from downriver.training.engine import accelerator
+from downriver.training.trainer import Batch, tokens_in
 
 Optimizer = Literal["adam", "sgd"]
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from downriver.models.load import load as load
     from downriver.models.model import Model as Model
     from downriver.models.small import small as small
+    from downriver.models.small import small_language_model as small_language_model
+    from downriver.models.tokenizers import bpe_tokenizer as bpe_tokenizer
+    from downriver.models.tokenizers import byte_tokenizer as byte_tokenizer
+    from downriver.models.tokenizers import word_tokenizer as word_tokenizer
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -26,10 +30,14 @@ __getattr__, __dir__, __all__ = attach(
         "ComputeGraph": "downriver.models.compute_graph:ComputeGraph",
         "ImageProcessor": "downriver.models.images:ImageProcessor",
         "Model": "downriver.models.model:Model",
+        "bpe_tokenizer": "downriver.models.tokenizers:bpe_tokenizer",
         "builtin_names": "downriver.models.builtin:builtin_names",
+        "byte_tokenizer": "downriver.models.tokenizers:byte_tokenizer",
         "compute_graph": "downriver.models.compute_graph:compute_graph",
         "load": "downriver.models.load:load",
         "small": "downriver.models.small:small",
+        "small_language_model": "downriver.models.small:small_language_model",
+        "word_tokenizer": "downriver.models.tokenizers:word_tokenizer",
     }
     | {
         name: f"downriver.models.chat:{name}"

@@ -189,7 +189,8 @@ class Model(nn.Module):
         elif self.kind == "module":
             logits = self.features(**batch)
         elif self.kind in ("causal-lm", "masked-lm"):
-            logits = self.backbone(**batch).logits
+            settings = {"use_cache": False} if "position_ids" in batch else {}  # with a cache, packing goes unseen
+            logits = self.backbone(**batch, **settings).logits
         else:
             raise InputError(f"the {self.kind} {self.source} has no head: give it one with with_head(task)")
         return {"logits": logits} if labels is None else {"loss": self._loss(logits, labels), "logits": logits}

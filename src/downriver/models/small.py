@@ -4,22 +4,20 @@ Reach for it in tests, in studies that pretrain from nothing, and for size ladde
 tokenizer that needs no download.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers import models as token_models
 
 from downriver.core.errors import InputError, unknown
 from downriver.core.seeds import seeded
 from downriver.models.images import ImageProcessor
 from downriver.models.mlp import Mlp, MlpConfig
 from downriver.models.model import Model
+from downriver.models.tokenizers import byte_tokenizer
 
 # width, layers, attention heads, longest text in tokens, image side in pixels
 SIZES = {"nano": (32, 2, 2, 128, 32), "tiny": (128, 4, 4, 256, 32), "small": (384, 6, 6, 512, 64)}
 KINDS = ("causal-lm", "masked-lm", "text-encoder", "vit", "resnet", "mlp")
-_SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")
 
 
 def small(kind: str, size: str = "tiny", seed: int = 0) -> Model:
@@ -61,15 +59,7 @@ def small(kind: str, size: str = "tiny", seed: int = 0) -> Model:
         if kind == "causal-lm":
             llama = _llama(width, layers, heads, length, tokenizer)
             return Model(llama, kind="causal-lm", processor=tokenizer, pooling="last", source=source, max_length=length)
-        config = transformers.BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            max_position_embeddings=length,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        config = _bert(width, layers, heads, length, tokenizer)
         if kind == "masked-lm":
             bert: Any = transformers.BertForMaskedLM(config)
             return Model(bert, kind="masked-lm", processor=tokenizer, pooling="mean", source=source, max_length=length)
@@ -85,29 +75,41 @@ def from_source(source: str) -> Model:
     return small(parts[0], parts[1], int(parts[2]))
 
 
-def byte_tokenizer(max_length: int) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of one token a byte (256, and four special ones), between ``<s>`` and ``</s>``.
+def small_language_model(
+    kind: Literal["causal-lm", "masked-lm"], tokenizer: Any, *, width: int = 64, layers: int = 1, heads: int = 4, context: int = 64, seed: int = 0
+) -> Model:
+    """A small language model with random weights over a tokenizer's own vocabulary.
 
-    >>> byte_tokenizer(16)("ab")["input_ids"]
-    [1, 68, 69, 2]
+    Parameters
+    ----------
+    kind
+        ``causal-lm`` (Llama, MLP of 4 x width, tied embeddings) or ``masked-lm`` (BERT).
+    tokenizer
+        Of transformers: see ``word_tokenizer`` and ``bpe_tokenizer``. It must know a padding token.
+    width, layers, heads, context
+        ``width`` must be a multiple of ``heads``; texts are cut at ``context`` tokens.
+    seed
+        Equal seeds give equal weights, whatever was drawn before.
+
+    Raises ``InputError`` for another kind, a width that the heads do not divide, or no padding token.
+
+    >>> lm = small_language_model("causal-lm", byte_tokenizer(32), width=32, heads=2, context=32)
+    >>> lm.kind, sum(p.numel() for p in lm.parameters())
+    ('causal-lm', 24800)
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*_SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(token_models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        mask_token="<mask>",
-    )
+    if kind not in ("causal-lm", "masked-lm"):
+        raise unknown("kind of small language model", kind, ("causal-lm", "masked-lm"))
+    if width < 1 or width % heads:
+        raise InputError(f"width {width}, heads {heads}: a width that the heads divide is expected")
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token: give it one")
+    with seeded("small", kind, width, layers, heads, seed):
+        if kind == "causal-lm":
+            module: Any = _llama(width, layers, heads, context, tokenizer)
+        else:
+            module = transformers.BertForMaskedLM(_bert(width, layers, heads, context, tokenizer))
+    pooling: Literal["last", "mean"] = "last" if kind == "causal-lm" else "mean"
+    return Model(module, kind=kind, processor=tokenizer, pooling=pooling, max_length=context)
 
 
 def _llama(width: int, layers: int, heads: int, length: int, tokenizer: Any) -> transformers.PreTrainedModel:
@@ -125,6 +127,18 @@ def _llama(width: int, layers: int, heads: int, length: int, tokenizer: Any) -> 
         eos_token_id=tokenizer.eos_token_id,
     )
     return transformers.LlamaForCausalLM(config)
+
+
+def _bert(width: int, layers: int, heads: int, length: int, tokenizer: Any) -> transformers.BertConfig:
+    return transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=length,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _vit(width: int, layers: int, heads: int, side: int) -> transformers.PreTrainedModel:

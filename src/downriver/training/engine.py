@@ -1,8 +1,8 @@
-"""Fine-tuning on the Hugging Face ``Trainer``: any budget, one seed, exact cost, resumable.
+"""Training on the Hugging Face ``Trainer``: any budget, one seed, exact cost, resumable.
 
 Reach for ``adapt.full`` or ``adapt.lora`` to get a task done, and for this one to build a method of your own: it
-takes the parameters that learn (``trainable``) and what is added to the loss (``terms``), and leaves the loop to the
-Trainer.
+takes the parameters that learn (``trainable``), the loss (``objective``) and what is added to it (``terms``), and the
+order of the rows (``order``), and leaves the loop to the Trainer.
 """
 
 import copy
@@ -21,18 +21,30 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from downriver.adapt.trainer import Bar, Batch, Batches, Spending, Term, TermTrainer, loss_of, tokens_in
 from downriver.core import Budget, InputError, charge, count_flops, seeded, unknown
 from downriver.models.model import Model
 from downriver.tasks.task import Task
+from downriver.training.rows import TokenRows
+from downriver.training.trainer import (
+    Bar,
+    Batch,
+    Batches,
+    Objective,
+    Spending,
+    Term,
+    TermTrainer,
+    loss_of,
+    tokens_in,
+)
 
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
+OBJECTIVE = "objective"
 
 
 def fine_tune(
     model: Model,
-    task: Task,
+    task: Task | TokenRows,
     budget: Budget | str,
     *,
     learning_rate: float,
@@ -48,11 +60,15 @@ def fine_tune(
     precision: Precision = "auto",
     callbacks: Sequence[TrainerCallback] = (),
     in_place: bool = False,
+    objective: Objective | None = None,
+    order: Callable[[int], int] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    clip: float = 1.0,
 ) -> Model:
     """Train a copy of the model on the task's train split until the budget is spent.
 
     The model must be ready for the task: with a head (``model.with_head(task)``) where the task needs one. AdamW with
-    the Trainer's settings (beta 0.9 and 0.999, gradients clipped to norm 1, no decay on biases and norms). Rows are
+    the Trainer's settings (gradients clipped to norm ``clip``, no decay on biases and norms). Rows are
     visited in a new random order every epoch and every batch is full, so that a step is ``batch_size`` examples
     whatever the size of the split. Order, dropout and masking depend on ``seed`` alone: on a CPU the same seed gives
     the same weights bit by bit.
@@ -82,6 +98,13 @@ def fine_tune(
         ``TrainerCallback`` objects of your own: ``on_log`` sees loss, learning rate and every term.
     in_place
         Train the model given instead of a copy: for a method that made the copy itself.
+    objective
+        ``objective(model, batch)`` gives ``loss`` (and what terms read) instead of the model's own
+        ``model(**batch)``. An ``nn.Module`` with parameters of its own has them trained with the model's, and kept
+        in checkpoints; they are not part of the model that is returned.
+    order
+        The row of the train split that visit number 0, 1, 2, ... goes to, a function of that number alone: a sampler
+        of mixtures, a schedule in phases. By default every row once in a random order, then once more in another.
 
     Charges examples, tokens, FLOPs (one counted step times the steps) and parameters to the running meters.
 
@@ -100,6 +123,8 @@ def fine_tune(
     budget = Budget.parse(budget)
     _check(learning_rate, batch_size, weight_decay, warmup, schedule, precision, terms, validation)
     columns = [*task.inputs, *([task.target] if task.target else [])]
+    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and clip > 0):
+        raise InputError(f"betas {betas}, clip {clip}: two numbers from 0 to below 1 and a positive one are expected")
     rows = task.rows("train").select_columns(columns)
     held = task.rows("validation").select_columns(columns) if validation else None
 
@@ -115,11 +140,13 @@ def fine_tune(
 
     gpu = torch.cuda.is_available()
     bf16 = precision == "bf16" or (precision == "auto" and gpu and torch.cuda.is_bf16_supported())
+    if isinstance(objective, nn.Module) and next(objective.parameters(), None) is not None:
+        model.add_module(OBJECTIVE, objective)  # its parameters learn, and are kept in checkpoints, with the model's
     model.to(accelerator())
-    collate = model.collate(task)
+    collate = task.collate(model) if isinstance(task, TokenRows) else model.collate(task)
     with seeded("fine_tune", seed) as stream, tempfile.TemporaryDirectory() as scratch:
-        visits = Batches(rows, collate, seed)
-        step = _measure(model, task, visits.__getitems__(list(range(batch_size))), terms, bf16)
+        visits = Batches(rows, collate, seed, order=order)
+        step = _measure(model, task, visits.__getitems__(list(range(batch_size))), terms, bf16, objective)
         steps, spending = _plan(budget, batch_size, step)
         visits.length = (steps if spending is None else 2**40) * batch_size
         every = math.ceil(steps / (validation or 10))
@@ -129,6 +156,9 @@ def fine_tune(
             seed=stream,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
+            adam_beta1=betas[0],
+            adam_beta2=betas[1],
+            max_grad_norm=clip,
             warmup_steps=warmup,
             lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule,
             train_sampling_strategy="sequential",  # the order is that of the visits
@@ -163,6 +193,7 @@ def fine_tune(
             eval_dataset=Batches(held, collate, None) if held else None,
             callbacks=[*callbacks, *bar],
             terms=terms,
+            objective=objective,
             spending=spending,
         )
         trainer.remove_callback(PrinterCallback)
@@ -181,10 +212,15 @@ def fine_tune(
                 "terms": [[term.name, term.weight] for term in terms],
                 "validation": validation,
                 "precision": "bf16" if bf16 else "fp32",
+                "objective": _described(objective),
+                "order": [order(visit) for visit in range(1000)] if order else None,
+                "betas": list(betas),
+                "clip": clip,
             }
             trainer.train_or_continue(asked)
         else:
             trainer.train()
+    model._modules.pop(OBJECTIVE, None)
     for wrapped in ("forward", "_original_forward"):  # what mixed precision put on the model
         vars(model).pop(wrapped, None)
 
@@ -214,7 +250,21 @@ def accelerator() -> torch.device:
     return found or torch.device("cpu")
 
 
-def _measure(model: Model, task: Task, batch: Batch, terms: Sequence[Term], bf16: bool) -> dict[str, float]:
+def _described(objective: Objective | None) -> str | None:
+    """What two runs share when they have the same objective: its class or function, and its plain settings."""
+    if objective is None:
+        return None
+    plain = {
+        name: value
+        for name, value in vars(objective).items()
+        if isinstance(value, bool | int | float | str) and not name.startswith("_") and name != "training"
+    }
+    return f"{getattr(objective, '__qualname__', type(objective).__qualname__)} {plain}"
+
+
+def _measure(
+    model: Model, task: Task | TokenRows, batch: Batch, terms: Sequence[Term], bf16: bool, objective: Objective | None
+) -> dict[str, float]:
     """What one real step takes: tokens, FLOPs, those of its forward pass alone, seconds. Leaves no trace in the
     model."""
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -224,15 +274,15 @@ def _measure(model: Model, task: Task, batch: Batch, terms: Sequence[Term], bf16
     model.train()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         with torch.no_grad():
-            forward = count_flops(lambda: out.update(model(**inputs)))
+            forward = count_flops(lambda: out.update(objective(model, batch) if objective else model(**inputs)))
         outputs = len(task.labels) if task.classification else 1
-        if task.kind != "language-modelling" and out["logits"].shape[-1] != outputs:
+        if task.kind != "language-modelling" and objective is None and out["logits"].shape[-1] != outputs:
             raise InputError(
                 f"the model gives {out['logits'].shape[-1]} outputs and task {task.name!r} needs {outputs}: "
                 "model.with_head(task) gives it a head for the task"
             )
         started = time.perf_counter()
-        flops = count_flops(lambda: loss_of(model, batch, terms)[0].backward())
+        flops = count_flops(lambda: loss_of(model, batch, terms, objective)[0].backward())
         seconds = time.perf_counter() - started
     with torch.no_grad():
         for name, b in model.named_buffers():

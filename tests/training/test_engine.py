@@ -12,10 +12,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from downriver.adapt import Term, fine_tune
-from downriver.adapt.trainer import Batches, tokens_in
 from downriver.core import Budget, DownriverError, InputError, metered
 from downriver.models import Model, small
 from downriver.tasks import Task
+from downriver.training.trainer import Batches, tokens_in
 
 
 class Logs(TrainerCallback):
@@ -251,7 +251,7 @@ def test_nothing_is_printed_or_left_behind(headed, letters, capfd, monkeypatch, 
 
 def test_a_long_run_shows_a_bar_on_a_terminal(headed, letters, capfd, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr("downriver.adapt.trainer.DELAY", 0.0)
+    monkeypatch.setattr("downriver.training.trainer.DELAY", 0.0)
     fine_tune(headed, letters, "20 steps", learning_rate=1e-4)
     printed = capfd.readouterr()
     assert printed.out == ""

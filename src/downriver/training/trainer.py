@@ -25,6 +25,7 @@ from downriver.core import DownriverError, InputError, atomic_write, canonical, 
 from downriver.models.model import Model
 
 Batch = Mapping[str, Tensor]
+Objective = Callable[[Model, Batch], Mapping[str, Tensor]]
 RUN, FINISHED, STATE, WEIGHTS = "run.json", "finished.json", "trainer_state.json", "model.safetensors"
 DELAY = 2.0
 """Seconds that a run takes at least before it shows a progress bar."""
@@ -49,9 +50,11 @@ class Term:
     fn: Callable[[Model, Batch, Batch], Tensor]
 
 
-def loss_of(model: Model, batch: Batch, terms: Sequence[Term]) -> tuple[Tensor, Batch, dict[str, Tensor]]:
-    """The loss with all terms, the model's outputs, and the value of every term without its weight."""
-    outputs = model(**batch)
+def loss_of(
+    model: Model, batch: Batch, terms: Sequence[Term], objective: Objective | None = None
+) -> tuple[Tensor, Batch, dict[str, Tensor]]:
+    """The loss with all terms, the model's (or objective's) outputs, and the value of every term without its weight."""
+    outputs = model(**batch) if objective is None else objective(model, batch)
     values = {}
     loss = outputs["loss"]
     for term in terms:
@@ -70,7 +73,8 @@ def tokens_in(batch: Batch) -> int:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Visits number 0, 1, 2, ... to the rows: each once in a random order, then each once more in another, and so on.
+    """Visits number 0, 1, 2, ... to the rows: each once in a random order, then each once more in another, and so on;
+    or wherever ``order`` sends a visit.
 
     A whole batch is fetched and collated at once. Its rows and whatever collating draws (masks) depend on ``seed``
     and the number of its first visit alone, so a run that continues sees what it would have seen. ``seed=None`` keeps
@@ -78,9 +82,15 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, rows: datasets.Dataset, collate: Callable[..., Batch], seed: int | None, length: int = 0
+        self,
+        rows: datasets.Dataset,
+        collate: Callable[..., Batch],
+        seed: int | None,
+        length: int = 0,
+        order: Callable[[int], int] | None = None,
     ) -> None:
         self.rows, self.collate, self.seed, self.length = rows, collate, seed, length or len(rows)
+        self.order = order
         self._order: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
@@ -97,6 +107,11 @@ class Batches(torch.utils.data.Dataset):
             torch.set_rng_state(state)
 
     def _row(self, visit: int) -> int:
+        if self.order is not None:
+            row = int(self.order(visit))
+            if not 0 <= row < len(self.rows):
+                raise InputError(f"order sends visit {visit} to row {row}: there are {len(self.rows)} rows")
+            return row
         epoch, place = divmod(visit, len(self.rows))
         if self.seed is None:
             return place
@@ -158,12 +173,14 @@ class TermTrainer(Trainer):
         args: TrainingArguments,
         *,
         terms: Sequence[Term] = (),
+        objective: Objective | None = None,
         spending: Spending | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(model, args, data_collator=_as_it_is, **settings)
         self._learner, self._folder = model, Path(str(args.output_dir))
         self.terms = tuple(terms)
+        self.objective: Objective | None = objective
         self._values: dict[str, list[Tensor]] = {}
         if spending is not None:
             self.add_callback(spending)
@@ -171,7 +188,7 @@ class TermTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs, values = loss_of(model, inputs, self.terms if model.training else ())
+        loss, outputs, values = loss_of(model, inputs, self.terms if model.training else (), self.objective)
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach())
         return (loss, outputs) if return_outputs else loss

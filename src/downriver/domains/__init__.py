@@ -1,0 +1,1 @@
+"""Domains: whole systems of one field, assembled from the rooms."""
