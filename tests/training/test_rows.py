@@ -105,3 +105,15 @@ def test_an_objective_learns_with_the_model_and_a_killed_run_continues_with_it(t
     torch.testing.assert_close(again.state_dict(), tuned.state_dict(), rtol=0, atol=0)
     with pytest.raises(InputError, match="objective"):
         fine_tune(model, given, "20 steps", checkpoints=tmp_path, **settings)
+
+
+def test_a_batch_in_parts_is_the_same_step():
+    given = TokenRows("toy", {"train": rows(input_ids=[[1, 5 + i, 60 + i, 2] for i in range(12)])})
+    model = small("causal-lm", "nano")
+    settings = {"batch_size": 6, "learning_rate": 1e-3}
+    whole = fine_tune(model, given, "18 examples", **settings)
+    parts = fine_tune(model, given, "18 examples", accumulate=3, **settings)
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), atol=2e-5, rtol=0)
+    assert max((a - b).abs().max() for a, b in zip(model.parameters(), whole.parameters(), strict=True)) > 1e-3
+    with pytest.raises(InputError, match="batch_size 6, accumulate 4"):
+        fine_tune(model, given, "18 examples", accumulate=4, **settings)

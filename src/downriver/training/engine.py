@@ -64,6 +64,7 @@ def fine_tune(
     order: Callable[[int], int] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     clip: float = 1.0,
+    accumulate: int = 1,
 ) -> Model:
     """Train a copy of the model on the task's train split until the budget is spent.
 
@@ -121,6 +122,8 @@ def fine_tune(
     False
     """
     budget = Budget.parse(budget)
+    if accumulate < 1 or batch_size % accumulate:
+        raise InputError(f"batch_size {batch_size}, accumulate {accumulate}: equal parts of a batch are expected")
     _check(learning_rate, batch_size, weight_decay, warmup, schedule, precision, terms, validation)
     columns = [*task.inputs, *([task.target] if task.target else [])]
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and clip > 0):
@@ -146,7 +149,9 @@ def fine_tune(
     collate = task.collate(model) if isinstance(task, TokenRows) else model.collate(task)
     with seeded("fine_tune", seed) as stream, tempfile.TemporaryDirectory() as scratch:
         visits = Batches(rows, collate, seed, order=order)
-        step = _measure(model, task, visits.__getitems__(list(range(batch_size))), terms, bf16, objective)
+        part = batch_size // accumulate
+        step = _measure(model, task, visits.__getitems__(list(range(part))), terms, bf16, objective)
+        step = {name: value * accumulate for name, value in step.items()}
         steps, spending = _plan(budget, batch_size, step)
         visits.length = (steps if spending is None else 2**40) * batch_size
         every = math.ceil(steps / (validation or 10))
@@ -162,8 +167,9 @@ def fine_tune(
             warmup_steps=warmup,
             lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule,
             train_sampling_strategy="sequential",  # the order is that of the visits
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
+            per_device_train_batch_size=part,
+            per_device_eval_batch_size=part,
+            gradient_accumulation_steps=accumulate,
             bf16=bf16,
             use_cpu=not torch.accelerator.is_available(),
             dataloader_pin_memory=gpu,
@@ -216,6 +222,7 @@ def fine_tune(
                 "order": [order(visit) for visit in range(1000)] if order else None,
                 "betas": list(betas),
                 "clip": clip,
+                "accumulate": accumulate,
             }
             trainer.train_or_continue(asked)
         else:
