@@ -436,3 +436,19 @@ def test_nothing_is_overwritten_or_half_written(tmp_path):
     model.head = None
     model.save(tmp_path / "saved", overwrite=True)
     assert not (tmp_path / "saved" / "precious.txt").exists() and models.load(tmp_path / "saved").kind == "text-encoder"
+
+
+def test_a_head_on_every_token_learns_labels_of_tokens_and_survives_saving(tmp_path):
+    model = models.small("text-encoder", "nano")
+    tagger = Model(
+        model.backbone, kind="text-encoder", processor=model.processor, pooling="tokens", head=torch.nn.Linear(32, 3)
+    )
+    batch = model.processor(["ab", "abcd"], return_tensors="pt", padding=True)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, 1] = 2
+    out = tagger(**batch, labels=labels)
+    assert out["logits"].shape == (2, 6, 3)
+    expected = torch.nn.functional.cross_entropy(out["logits"][:, 1], torch.tensor([2, 2]))
+    torch.testing.assert_close(out["loss"], expected)
+    tagger.save(tmp_path / "tagger")
+    torch.testing.assert_close(models.load(tmp_path / "tagger")(**batch)["logits"], out["logits"])

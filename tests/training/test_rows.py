@@ -117,3 +117,15 @@ def test_a_batch_in_parts_is_the_same_step():
     assert max((a - b).abs().max() for a, b in zip(model.parameters(), whole.parameters(), strict=True)) > 1e-3
     with pytest.raises(InputError, match="batch_size 6, accumulate 4"):
         fine_tune(model, given, "18 examples", accumulate=4, **settings)
+
+
+def test_a_masked_lm_hides_fifteen_percent_of_ordinary_tokens():
+    given = rows(input_ids=[[1, *range(10, 210), 2]] * 40)
+    model = small("masked-lm", "nano")
+    batch = TokenRows("toy", {"train": given}).collate(model.train())(list(given))
+    predicted = batch["labels"] != -100
+    assert predicted.float().mean().item() == pytest.approx(0.15, abs=0.01)
+    assert not predicted[:, [0, -1]].any()
+    hidden = batch["input_ids"][predicted] == model.processor.mask_token_id
+    assert hidden.float().mean().item() == pytest.approx(0.8, abs=0.04)
+    assert torch.equal(batch["input_ids"][~predicted], torch.tensor(given["input_ids"][:])[~predicted])

@@ -23,7 +23,7 @@ from downriver.core.io import atomic_folder
 from downriver.nn.heads import linear_head
 
 Kind = Literal["text-encoder", "masked-lm", "causal-lm", "vision-encoder", "module"]
-Pooling = Literal["mean", "cls", "last", "none"]
+Pooling = Literal["mean", "cls", "last", "tokens", "none"]
 Row = Mapping[str, Any]
 
 _TEXT = {"text-classification", "text-regression", "text-similarity"}
@@ -73,7 +73,7 @@ class Model(nn.Module):
         A tokenizer, an image processor, or ``None``.
     pooling
         How token vectors become one: mean over real tokens, the first, the last real one, or none (the backbone's
-        output).
+        output). With ``tokens`` they stay as they are, and a head says something of every token.
     max_length
         Longer texts are cut to so many tokens.
 
@@ -156,7 +156,8 @@ class Model(nn.Module):
         return batch_of
 
     def features(self, **batch: Tensor) -> Tensor:
-        """Pooled features, (n, d), of a batch made by ``collate`` (``labels`` and second texts are left out)."""
+        """Pooled features, (n, d), of a batch made by ``collate`` (``labels`` and second texts are left out); with
+        ``pooling="tokens"`` the features of every token, (n, tokens, d)."""
         batch = {k: v for k, v in batch.items() if k != "labels" and not k.startswith("second_")}
         if self.kind == "module":
             out = self.backbone(**batch) if "input_ids" in batch else self.backbone(next(iter(batch.values())))
@@ -282,14 +283,14 @@ class Model(nn.Module):
         masked = task.kind == "language-modelling" and self.kind == "masked-lm"
         batch = dict(processor(*columns, padding_side="right", return_special_tokens_mask=masked, **settings))
         if masked:
-            _hide_tokens(batch, processor, afresh=self.training)
+            hide_tokens(batch, processor, afresh=self.training)
         elif task.kind == "language-modelling":
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if logits.ndim == 3:
-            if self.kind == "causal-lm":
+            if self.kind == "causal-lm" and self.head is None:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
         if labels.is_floating_point():
@@ -354,6 +355,8 @@ def _save_base(model: Model, part: Path, final: Path) -> None:
 
 def _pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     """(n, tokens, d) → (n, d)."""
+    if pooling == "tokens":
+        return hidden
     if mask is None:
         mask = hidden.new_ones(hidden.shape[:2])
     if pooling == "cls":
@@ -364,10 +367,12 @@ def _pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     if pooling == "mean":
         weight = mask.to(hidden.dtype)[:, :, None]
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1e-9)
-    raise InputError(f"token vectors of shape {tuple(hidden.shape)} need a pooling: mean, cls or last is expected")
+    raise InputError(
+        f"token vectors of shape {tuple(hidden.shape)} need a pooling: mean, cls, last or tokens is expected"
+    )
 
 
-def _hide_tokens(batch: dict[str, Tensor], tokenizer: Any, afresh: bool) -> None:
+def hide_tokens(batch: dict[str, Tensor], tokenizer: Any, afresh: bool) -> None:
     """BERT's masking in place: 15 % of the ordinary tokens are predicted, 80 % of them hidden, 10 % replaced, 10 %
     kept.
     """

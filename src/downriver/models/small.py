@@ -76,7 +76,14 @@ def from_source(source: str) -> Model:
 
 
 def small_language_model(
-    kind: Literal["causal-lm", "masked-lm"], tokenizer: Any, *, width: int = 64, layers: int = 1, heads: int = 4, context: int = 64, seed: int = 0
+    kind: Literal["causal-lm", "masked-lm"],
+    tokenizer: Any,
+    *,
+    width: int = 64,
+    layers: int = 1,
+    heads: int = 4,
+    context: int = 64,
+    seed: int = 0,
 ) -> Model:
     """A small language model with random weights over a tokenizer's own vocabulary.
 

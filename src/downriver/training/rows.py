@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from downriver.core.errors import InputError, unknown
-from downriver.models.model import Model
+from downriver.models.model import Model, hide_tokens
 
 IGNORED = -100
 _FILL: dict[str, float] = {"labels": IGNORED}
@@ -26,7 +26,8 @@ class TokenRows:
     """Splits of token rows; ``fine_tune`` takes it where it takes a ``Task``.
 
     ``input_ids`` (a list of ids a row) is required. ``labels`` (as long; -100 where no loss is taken) default to the
-    ids. ``position_ids`` (as long) that start again at 0 for every document of a block keep attention within documents:
+    ids; for a masked LM 15 % of the ordinary tokens are hidden by BERT's rule, afresh for every batch in training.
+    ``position_ids`` (as long) that start again at 0 for every document of a block keep attention within documents:
     transformers then builds the block-diagonal mask itself, and no ``attention_mask`` is given. Every further column
     is a number a row or a list of numbers as long as the row, for an objective to read. Rows of a batch are padded on
     the right to the longest: ids with ``pad``, labels with -100, other lists with 0.
@@ -94,13 +95,16 @@ class TokenRows:
                     continue
                 fill = self.pad if name == "input_ids" else _FILL.get(name, 0)
                 batch[name] = torch.as_tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows])
-            if "position_ids" not in batch:
-                length = torch.tensor([len(row["input_ids"]) for row in rows])
-                batch["attention_mask"] = (torch.arange(longest) < length[:, None]).long()
-            if "labels" not in batch:
-                batch["labels"] = batch["input_ids"].clone()
-                for row, labels in zip(rows, batch["labels"], strict=True):
-                    labels[len(row["input_ids"]) :] = IGNORED
+            length = torch.tensor([len(row["input_ids"]) for row in rows])
+            batch["attention_mask"] = (torch.arange(longest) < length[:, None]).long()
+            if "labels" not in batch and model.kind == "masked-lm":
+                special = torch.tensor(model.processor.all_special_ids)
+                batch["special_tokens_mask"] = torch.isin(batch["input_ids"], special)
+                hide_tokens(batch, model.processor, afresh=model.training)
+            elif "labels" not in batch:
+                batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+            if "position_ids" in batch:
+                del batch["attention_mask"]  # transformers makes its own from the positions
             return batch
 
         return batch_of
