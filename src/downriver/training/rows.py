@@ -6,7 +6,7 @@ block); a task with texts goes to ``fine_tune`` as it is.
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,8 +83,8 @@ class TokenRows:
 
     def collate(self, model: Model) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
         """A function that turns rows into a padded batch, (rows, longest)."""
-        if model.kind not in ("causal-lm", "masked-lm", "module"):
-            raise InputError(f"token rows {self.name!r} are for a language model: {model.source} is a {model.kind}")
+        if model.kind == "vision-encoder":
+            raise InputError(f"token rows {self.name!r} are for a model of texts: {model.source} is a {model.kind}")
 
         def batch_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
             longest = max(len(row["input_ids"]) for row in rows)
@@ -131,6 +131,31 @@ class TokenRows:
                     f"{where}, row {row}: column {name!r} has {len(table[name][row])} values"
                     f" and input_ids {length[row].as_py()}"
                 )
+
+
+def in_blocks(texts: Iterable[str], tokenizer: Any, size: int, batch: int = 1000) -> Iterator[list[int]]:
+    """The texts' tokens, special ones included, one after the other in blocks of ``size``.
+
+    >>> from downriver.models import byte_tokenizer
+    >>> list(in_blocks(["ab", "c"], byte_tokenizer(9), 3))
+    [[1, 68, 69], [2, 1, 70]]
+    """
+    waiting: list[int] = []
+    several: list[str] = []
+
+    def encoded() -> Iterator[list[int]]:
+        for ids in tokenizer(several, truncation=False, verbose=False)["input_ids"] if several else ():
+            waiting.extend(ids)
+        whole = len(waiting) // size * size
+        yield from (waiting[i : i + size] for i in range(0, whole, size))
+        del waiting[:whole]
+        several.clear()
+
+    for text in texts:
+        several.append(text)
+        if len(several) == batch:
+            yield from encoded()
+    yield from encoded()
 
 
 def _is_list(kind: Any) -> bool:

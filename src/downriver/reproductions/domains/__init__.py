@@ -1,0 +1,1 @@
+"""Papers whose room is ``domains``: whole systems of one field."""
