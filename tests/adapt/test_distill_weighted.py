@@ -197,6 +197,27 @@ def test_lambda_one_is_supervised_training(student, data):
     assert same(found.student_, plain)
 
 
+def test_a_second_phase_goes_on_with_the_labelled_rows_alone(student, data):
+    """What comes out is the first phase's student, trained on by a supervised run at a tenth of the rate."""
+    sources = [oracle(data["centres"])]
+    both = fitted(student, sources, data, budget="40 steps", second_phase=0.25)
+    first = fitted(student, sources, data, budget="30 steps")
+    assert [row["step"] for row in both.history_] == list(range(1, 41)) and both.history_[:30] == first.history_
+    assert all("sources" in row for row in both.history_[:30]) and not any("sources" in r for r in both.history_[30:])
+    on = fitted(first.student_, [], data, budget="10 steps", lam=1.0, learning_rate=1e-3)
+    assert same(both.student_, on.student_) and not same(both.student_, first.student_)
+
+
+def test_a_second_phase_that_does_harm_is_undone_where_rows_are_held(student, data):
+    (x, y), sources = data["few"], [oracle(data["centres"])]
+    wrong = (x, (y + 1) % 3)
+    settings = {"learning_rate": 5e-2, "batch_size": 9, "seed": 0, "lam": 0.0}
+    first = MultiSourceDistiller(student, sources, **settings).fit(wrong, data["many"], "30 steps", validation=(x, y))
+    both = MultiSourceDistiller(student, sources, second_phase=0.25, **settings)
+    both.fit(wrong, data["many"], "40 steps", validation=(x, y))
+    assert same(both.student_, first.student_)
+
+
 def test_at_lambda_zero_labels_change_nothing(student, data):
     (x, y), sources = data["few"], [oracle(data["centres"])]
     one = fitted(student, sources, data, lam=0.0, weights="uniform")
@@ -306,6 +327,7 @@ def test_the_teachers_are_part_of_a_budget_in_flops(student, data):
         ({"method": "park"}, "did you mean 'parc'"),
         ({"method": lambda f, c: float("nan")}, "similarity of source 'noise' is not a number"),
         ({"power": -1.0}, "power is -1"),
+        ({"second_phase": 1.0}, "second_phase is 1"),
     ],
 )
 def test_a_bad_parameter_is_named(student, data, settings, message):

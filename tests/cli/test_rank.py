@@ -59,3 +59,41 @@ def test_errors_are_ours(table):
     with pytest.raises(InputError, match="leep reads the probabilities"):
         call(MODELS[0], "--task", table, "--score", "leep")
     assert call("--task", table).exit_code == 2
+
+
+def test_the_ranking_is_held_against_what_was_reached(table, tmp_path):
+    names = [f"small:text-encoder:nano:{i}" for i in range(3)]
+    ranked = json.loads(call(*names, "--task", table, "--epochs", "0", "--json").output)["models"]
+    order, truth = [row["model"] for row in ranked], tmp_path / "truth.csv"
+
+    def write(values):
+        lines = [
+            f"{name},{seed},{v + d}"
+            for name, v in zip(order, values, strict=True)
+            for seed, d in ((0, -0.01), (1, 0.01))
+        ]
+        truth.write_text("model,seed,accuracy\n" + "\n".join([*lines, "another,0,0.99"]) + "\n")
+
+    write([0.9, 0.8, 0.6])
+    held = json.loads(call(*names, "--task", table, "--epochs", "0", "--truth", str(truth), "--json").output)["truth"]
+    assert held["weighted_tau"] == pytest.approx(1.0) and held["regret"] == pytest.approx(0, abs=1e-12)
+    assert held["tau_low"] <= 1.0 and held["top"] == {"1": 1.0, "3": 1.0} and held["size_tau"] is None
+    write([0.6, 0.8, 0.9])
+    done = call(*names, "--task", table, "--epochs", "0", "--truth", str(truth))
+    assert "weighted tau -1.00" in done.output and "the first model loses 0.3" in done.output
+    assert "66.7% of the best among the first 1" in done.output
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("name,accuracy\nx,1\n", "unknown column"),
+        ("model,accuracy\nother,1\n", "unknown model in"),
+        ("model,accuracy,loss\nother,1,2\n", "one column of numbers"),
+    ],
+)
+def test_a_truth_that_does_not_do_is_named_before_anything_is_read(tmp_path, content, word):
+    truth = tmp_path / "truth.csv"
+    truth.write_text(content)
+    with pytest.raises(InputError, match=word):
+        call(*MODELS, "--task", "no such task", "--truth", str(truth))

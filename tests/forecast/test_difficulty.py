@@ -1,12 +1,14 @@
-"""Pass rates from lm-eval's samples and from option likelihoods."""
+"""Pass rates from lm-eval's samples, from sampled answers and from option likelihoods."""
 
 import json
 
 import numpy as np
 import pytest
+import torch
 
 from downriver.core.errors import InputError
-from downriver.forecast import CODPredictor, difficulty_features, option_pass_rates
+from downriver.forecast import CODPredictor, difficulty_features, option_pass_rates, sampled_pass_rates
+from downriver.models import small
 
 
 def choice(doc: int, logs: list[float], target: str) -> dict:
@@ -107,3 +109,46 @@ def test_bad_likelihoods_are_named():
         option_pass_rates([[0.0, 1.0]], [2])
     with pytest.raises(InputError, match="1 items and 2 right options"):
         option_pass_rates([[0.0, 1.0]], [0, 1])
+
+
+def test_sampled_pass_rates_are_the_models_own_probabilities():
+    """One token is drawn: how often it is «a» is what the softmax says."""
+    lm = small("causal-lm", "nano").eval()
+    with torch.no_grad():
+        lm.backbone.get_input_embeddings().weight.mul_(20)
+    ids = lm.processor("ab", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        p = lm.backbone(ids).logits[0, -1].float().softmax(-1)
+    likely = int(p[4:].argmax()) + 4
+    target = lm.processor.decode([likely])
+    settings = {"n_samples": 600, "max_new_tokens": 1, "batch_size": 250}
+    (rate,) = sampled_pass_rates(lm, ["ab"], [target], check=lambda said, right: float(said == right), **settings)
+    assert rate == pytest.approx(float(p[likely]), abs=4 * (0.25 / 600) ** 0.5)
+    again = sampled_pass_rates(
+        lm.backbone, ["ab"], [target], tokenizer=lm.processor, check=lambda s, r: s == r, **settings
+    )
+    assert again[0] == rate
+    cold = sampled_pass_rates(lm, ["ab"], [target], check=lambda s, r: s == r, **settings | {"temperature": 1e-3})
+    assert cold[0] == (1.0 if int(p.argmax()) == likely else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"targets": []}, "1 prompts and 0 targets"),
+        ({"n_samples": 0}, "n_samples 0"),
+        ({"temperature": 0.0}, "temperature 0"),
+        ({"check": lambda said, target: 2.0}, "from 0 to 1"),
+        ({"model": small("text-encoder", "nano")}, "causal-lm is expected"),
+    ],
+)
+def test_bad_sampling_is_named(change, word):
+    settings = {
+        "model": small("causal-lm", "nano"),
+        "prompts": ["a"],
+        "targets": ["b"],
+        "n_samples": 1,
+        "max_new_tokens": 1,
+    }
+    with pytest.raises(InputError, match=word):
+        sampled_pass_rates(**settings | change)

@@ -170,6 +170,38 @@ def test_measurements_that_lack_something(tmp_path):
         RunTable.from_measurements(measurements(), task="other")
 
 
+def test_a_folder_of_trainer_runs(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    def state(folder, tokens, loss):
+        folder.mkdir(parents=True)
+        content = {"num_input_tokens_seen": tokens, "log_history": [{"eval_loss": loss}]}
+        (folder / "trainer_state.json").write_text(json.dumps(content))
+
+    for name, side in (("a", 10), ("b", 20)):
+        for step in (9, 100):
+            state(tmp_path / name / f"checkpoint-{step}", 1000 * step, 4 - step / 100)
+        save_file(
+            {"w": torch.zeros(side, side), "v": torch.zeros(3)},
+            tmp_path / name / "checkpoint-100" / "model.safetensors",
+        )
+    runs = RunTable.from_trainer_states(tmp_path)
+    assert sorted(zip(runs.names, runs.params, runs.tokens, runs.loss, strict=True)) == [
+        ("a", 103, 100_000, 3), ("b", 403, 100_000, 3),
+    ]  # fmt: skip
+    state(tmp_path / "b" / "final", 500, 2.0)
+    sized = RunTable.from_trainer_states(tmp_path, {"a": (1e3,), "b": (2e3,), "b/final": (3e3,)})
+    assert set(zip(sized.names, sized.params, strict=True)) == {("a", 1e3), ("b", 2e3), ("b/final", 3e3)}
+    with pytest.raises(InputError, match=r"no model\.safetensors to count"):
+        RunTable.from_trainer_states(tmp_path)
+    with pytest.raises(InputError, match="unknown run in the table of sizes"):
+        RunTable.from_trainer_states(tmp_path, {"a": (1e3,), "b": (2e3,)})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no trainer_state\.json"):
+        RunTable.from_trainer_states(tmp_path / "empty")
+
+
 def test_trainer_states(tmp_path):
     states = {
         "seen.json": {"num_input_tokens_seen": 5_000_000, "log_history": [{"eval_loss": 3.0}, {"eval_loss": 2.5}]},

@@ -61,6 +61,8 @@ class TestPrompts:
             {"max_tokens": 9, "temperature": -1},
             {"max_tokens": 9, "temperature": float("nan")},
             {"max_tokens": 9, "temperature": "hot"},
+            {"max_tokens": 9, "temperature": 1.0, "top_p": 0},
+            {"max_tokens": 9, "temperature": 1.0, "top_p": 1.5},
             {"max_tokens": 9, "seed": -1},
             {"max_tokens": 9, "seed": 0.5},
             {"max_tokens": 9, "stop": [""]},

@@ -245,6 +245,19 @@ class TestSampling:
         HFChat(noisy).generate(["w1"], max_tokens=4, temperature=1.0, seed=0)
         assert torch.equal(states[0], torch.random.get_rng_state()) and states[1] == random.getstate()
 
+    def test_top_p_draws_from_the_nucleus_only(self, noisy):
+        n, top_p = 4000, 0.9
+        module, tokenizer = noisy
+        with torch.no_grad():
+            likely = module(input_ids=torch.tensor([tokenizer("w3")["input_ids"]])).logits[0, -1].double().softmax(-1)
+        order = likely.argsort(descending=True)
+        size = int((likely[order].cumsum(0) < top_p).sum()) + 1
+        nucleus = {tokenizer.decode([i]) for i in order[:size].tolist()}
+        chat = HFChat(noisy, batch_size=1000)
+        [answers] = chat.generate(["w3"], max_tokens=1, temperature=1.0, top_p=top_p, seed=0, n=n)
+        seen = {answer.text for answer in answers} - {""}
+        assert size > 3 and seen <= nucleus and len(seen) >= size - 2  # a special token decodes to nothing
+
     @pytest.mark.parametrize("temperature", [0.0, 0.7, 2.0])
     def test_logprobs_are_the_models_own(self, walker, temperature):
         module, tokenizer = walker

@@ -238,3 +238,31 @@ def test_components_without_a_label_are_warned_of(rng):
     few = np.concatenate([np.flatnonzero(label == k)[:2] for k in (0, 1)])
     with pytest.warns(UserWarning, match="1 of 3 components have no labelled row"):
         TwoPhase(MixturePretrainer(3), LogisticRegression()).fit(x, x[few], label[few])
+
+
+def test_informativeness_against_a_known_latent_variable(rng):
+    def mixture(distance):
+        labels = rng.integers(2, size=600)
+        return rng.normal(0, 1, (600, 2)) + distance * (2 * labels[:, None] - 1), labels
+
+    pretrainer = MixturePretrainer(2, n_init=1)
+    x, labels = mixture(3.0)
+    sure = informativeness(pretrainer, x, labels)
+    assert sure == pytest.approx(informativeness(pretrainer, x, 1 - labels))  # the numbering does not matter
+    assert sure == pytest.approx(informativeness(pretrainer, x, np.eye(2)[labels]))
+    assert sure < informativeness(pretrainer, *mixture(0.3))
+    assert sure < informativeness(pretrainer, x, rng.permutation(labels))
+    B, z = rng.normal(size=(8, 2)), rng.normal(size=(800, 2))
+    x = z @ B.T + rng.normal(size=(800, 8))
+    posterior = x @ np.linalg.solve(B @ B.T + np.eye(8), B)
+    turned = posterior @ np.array([[0.6, -0.8], [0.8, 0.6]])
+    factors = FactorPretrainer(2)
+    found = informativeness(factors, x, posterior)
+    assert found == pytest.approx(informativeness(factors, x, turned))  # nor does a rotation
+    assert found < informativeness(factors, x, z) < informativeness(factors, x, rng.permutation(z))
+
+
+@pytest.mark.parametrize("z", [np.zeros(3, dtype=int), np.full(40, 2), np.zeros((40, 3)), np.full((40, 2), np.nan)])
+def test_a_latent_variable_of_another_shape_is_refused(rng, z):
+    with pytest.raises(InputError, match="z of shape"):
+        informativeness(MixturePretrainer(2, n_init=1), rng.normal(size=(40, 2)), z)

@@ -23,12 +23,11 @@ def test_blocks_hold_every_token_in_order():
 
 def test_a_step_is_the_exact_number_of_tokens_however_it_is_cut():
     model = small("masked-lm", "nano")
-    runs = {}
-    for part in (1024, 256, 128):
+    for part in (512, 128):
         with metered() as meter:
-            runs[part] = masked_lm(model, TEXTS, "3 steps", batch_tokens=1024, part_tokens=part, learning_rate=1e-3)
-        assert meter.cost.tokens == 3 * 1024
-    assert any(not torch.equal(a, b) for a, b in zip(runs[1024].parameters(), model.parameters(), strict=True))
+            trained = masked_lm(model, TEXTS, "2 steps", batch_tokens=512, part_tokens=part, learning_rate=1e-3)
+        assert meter.cost.tokens == 2 * 512
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), model.parameters(), strict=True))
 
 
 def test_a_budget_in_tokens_and_a_checkpoint_that_continues(tmp_path):

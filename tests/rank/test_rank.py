@@ -8,7 +8,7 @@ from scipy.stats import weightedtau
 
 from downriver import models
 from downriver.core import InputError
-from downriver.rank import PED, FeatureBank, agreement, fine_tuning_seconds, logme, rank_models, score
+from downriver.rank import PED, FeatureBank, agreement, fine_tuning_seconds, logme, rank_models, score, with_plasticity
 from downriver.tasks import Task
 
 WORDS = ["aaaa", "zzzz", "aab", "zzy", "aba", "zyz", "baa", "yzz", "abab", "zyzy"]
@@ -176,3 +176,19 @@ def test_bad_input_is_named(hub, task):
     ]:
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_plasticity_prefers_depth_where_scores_are_alike():
+    scores, layers = np.array([0.50, 0.52, 0.90]), np.array([152, 18, 18])
+    found = with_plasticity(scores, layers)
+    np.testing.assert_allclose(found, (scores - scores.mean()) / scores.std() + layers / 50)
+    np.testing.assert_allclose(with_plasticity(3 * scores - 7, layers), found)  # the score's unit drops out
+    assert found.argsort()[::-1].tolist() == [0, 2, 1]
+    np.testing.assert_allclose(with_plasticity([1.0, 1.0], [50, 18]), [1.0, 0.36])
+    for wrong in (([0.1, 0.2], [50]), ([0.1], [50])):
+        with pytest.raises(InputError, match="as many of both"):
+            with_plasticity(*wrong)
+    with pytest.raises(InputError, match="positive layers"):
+        with_plasticity([0.1, np.nan], [50, 18])
+    with pytest.raises(InputError, match="positive layers"):
+        with_plasticity([0.1, 0.2], [50, 0])

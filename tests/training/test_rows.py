@@ -8,6 +8,7 @@ from downriver.core import InputError
 from downriver.models import small
 from downriver.models.features import inference
 from downriver.training import TokenRows, fine_tune
+from downriver.training.trainer import tokens_in
 
 
 def rows(**columns: list) -> datasets.Dataset:
@@ -41,6 +42,8 @@ def test_positions_that_restart_keep_documents_apart():
     model = small("causal-lm", "nano")
     first, second = [1, 10, 11, 12], [1, 20, 21]
     packed = rows(input_ids=[first + second], position_ids=[[0, 1, 2, 3, 0, 1, 2]])
+    longer = rows(input_ids=[first + second, [1, 5]], position_ids=[[0, 1, 2, 3, 0, 1, 2], [0, 1]])
+    assert tokens_in(TokenRows("toy", {"train": longer}).collate(model)(list(longer))) == 9
     batch = TokenRows("toy", {"train": packed}).collate(model)(list(packed))
     batch.pop("labels")
     with inference(model):

@@ -76,30 +76,10 @@ def lora(
     >>> type(tuned.backbone).__name__, type(merge_adapter(tuned).backbone).__name__
     ('PeftModel', 'BertModel')
     """
-    if rank < 1:
-        raise InputError(f"rank is {rank}: at least 1 is expected")
-    if alpha < 1:
-        raise InputError(f"alpha is {alpha}: at least 1 is expected")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout is {dropout}: from 0 to below 1 is expected")
+    _check(rank, alpha, dropout)
     model = merge_adapter(model) if hasattr(model.backbone, "merge_and_unload") else model
     model, left = ready(model, task, Budget.parse(budget), head=head, batch_size=batch_size, seed=seed)
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules or _targets(model.backbone),
-        task_type="CAUSAL_LM" if model.kind == "causal-lm" else None,
-    )
-    with seeded("lora", seed), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's use of an old name
-        try:
-            model.backbone = get_peft_model(model.backbone, settings)
-        except ValueError as error:
-            known = sorted({name.split(".")[-1] for name in _targets(model.backbone)})
-            raise InputError(
-                f"target_modules {target_modules!r}: {error} (layers there are: {', '.join(known)})"
-            ) from None
+    add_adapter(model, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, seed=seed)
     return fine_tune(
         model,
         task,
@@ -119,6 +99,38 @@ def lora(
     )
 
 
+def add_adapter(
+    model: Model,
+    *,
+    rank: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    target_modules: str | list[str] | None = None,
+    seed: int = 0,
+) -> None:
+    """Put a fresh LoRA adapter round the backbone, in place: for a method that trains in its own way.
+
+    Parameters and errors are those of ``lora``; a new adapter changes no output.
+    """
+    _check(rank, alpha, dropout)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules or _targets(model.backbone),
+        task_type="CAUSAL_LM" if model.kind == "causal-lm" else None,
+    )
+    with seeded("lora", seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's use of an old name
+        try:
+            model.backbone = get_peft_model(model.backbone, settings)
+        except ValueError as error:
+            known = sorted({name.split(".")[-1] for name in _targets(model.backbone)})
+            raise InputError(
+                f"target_modules {target_modules!r}: {error} (layers there are: {', '.join(known)})"
+            ) from None
+
+
 def merge_adapter(model: Model) -> Model:
     """A copy of an adapted model whose backbone has plain weights with the adapter folded in; its outputs are the same.
 
@@ -130,6 +142,15 @@ def merge_adapter(model: Model) -> Model:
     adapted: Any = merged.backbone
     merged.backbone = adapted.merge_and_unload()
     return merged.requires_grad_(True)
+
+
+def _check(rank: int, alpha: int, dropout: float) -> None:
+    if rank < 1:
+        raise InputError(f"rank is {rank}: at least 1 is expected")
+    if alpha < 1:
+        raise InputError(f"alpha is {alpha}: at least 1 is expected")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout is {dropout}: from 0 to below 1 is expected")
 
 
 def _targets(backbone: Any) -> list[str]:

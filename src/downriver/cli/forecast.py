@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from downriver.cli import forecast_public
+from downriver.cli.forecast_output import (
+    JSON,
+    LEVEL,
+    OBJECTIVE,
+    Objective,
+    finite,
+    forecast_row,
+    hidden_rows,
+    show,
+    shown,
+)
 from downriver.core.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from downriver.forecast import Backtest, Chain, Plan, RunTable
+    from downriver.forecast import Chain, Plan, RunTable
 
 app = typer.Typer(help="Predict a large run from small ones, with intervals and a test.", no_args_is_help=True)
 
@@ -25,38 +37,17 @@ class LawName(StrEnum):
     learning_curve = "learning-curve"
 
 
-class Objective(StrEnum):
-    """What a fit minimises."""
-
-    lsq = "lsq"
-    huber_log = "huber_log"
-
-
 class Source(StrEnum):
     """Layouts that ``collect`` reads."""
 
     lm_eval = "lm-eval"
     wandb = "wandb"
+    trainer = "trainer"
     measurements = "measurements"
     testbed = "testbed"
     olmo_ladder = "olmo-ladder"
     chinchilla = "chinchilla"
     obs_scaling = "obs-scaling"
-
-
-class Share(StrEnum):
-    """What the tasks of a ladder have in common."""
-
-    none = "none"
-    exponents = "exponents"
-    exponent = "exponent"
-
-
-class Measure(StrEnum):
-    """The loss of a task."""
-
-    bpb = "bpb"
-    soft = "soft"
 
 
 class Picture(StrEnum):
@@ -71,12 +62,9 @@ RUNS = Annotated[
     Path, typer.Argument(help="A CSV, JSONL or Parquet table of runs: params, tokens, loss[, error][, group].")
 ]
 LAW = Annotated[LawName, typer.Option("--law", help="Which law.")]
-OBJECTIVE = Annotated[Objective, typer.Option(help="Least squares on the values, or Huber's loss on logarithms.")]
 GROUP = Annotated[str | None, typer.Option(help="Only the runs of this group.")]
-LEVEL = Annotated[float, typer.Option(min=0.01, max=0.999, help="Level of the intervals.")]
 METRIC = Annotated[str | None, typer.Option(help="A metric of the table; by default error, else the loss.")]
 WIDEN = Annotated[float, typer.Option(min=0.0, help="Stretch intervals by this factor, as `coverage` finds it.")]
-JSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 @app.command()
@@ -101,7 +89,7 @@ def fit(
         warnings.simplefilter("ignore", RuntimeWarning)  # all of them are said in the output
         found = [_widened(row, widen) for row in forecast(runs, law, predict, objective, group, level)]
     if as_json or predict:
-        _show(found, as_json)
+        show(found, as_json)
     else:
         typer.echo("\n".join(one["report"] for one in found))
 
@@ -132,35 +120,7 @@ def backtest(
         from downriver.forecast.plot import plot as draw
 
         draw(test, plot)
-    typer.echo(json.dumps(_hidden(test), indent=1, allow_nan=False) if as_json else test.text)
-
-
-@app.command("testbed")
-def public_testbed(
-    folder: Annotated[Path, typer.Argument(help="exp_data of github.com/mlfoundations/scaling.")],
-    objective: OBJECTIVE = Objective.lsq,
-    as_json: JSON = False,
-) -> None:
-    """Test the over-training law on its public testbed, on every evaluation set, by the paper's own recipe.
-
-    Five small runs are fitted; the largest over-trained run and the 6.9B run are forecast. Errors of downstream tasks
-    come through the chain, whose error law has also seen the 1.4B run at 20 tokens a parameter.
-    """
-    from downriver.forecast import RunTable
-    from downriver.forecast.testbed import recipe
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        table, found = RunTable.from_testbed(folder), []
-        for group in sorted(set(table.groups)):
-            for what, test in recipe(table.group(group), objective.value).items():
-                found += [{"trained_on": group} | row | {"metric": what} for row in _hidden(test)]
-    if as_json:
-        typer.echo(json.dumps(found, indent=1, allow_nan=False))
-    else:
-        _print(found)
-        inside = sum(row["forecast_low"] <= row["reached"] <= row["forecast_high"] for row in found)
-        typer.echo(f"{inside} of {len(found)} lie inside the 90 % interval")
+    typer.echo(json.dumps(hidden_rows(test), indent=1, allow_nan=False) if as_json else test.text)
 
 
 @app.command()
@@ -169,7 +129,8 @@ def collect(
     to: Annotated[Path, typer.Argument(help="The table to write: CSV or Parquet.")],
     layout: Annotated[Source, typer.Option("--from", help="How the results are laid out.")] = Source.lm_eval,
     sizes: Annotated[
-        Path | None, typer.Option(help="A table with model (or run), params, tokens, and loss where you have it.")
+        Path | None,
+        typer.Option(help="A table with model (or run), params, tokens (not for trainer), and loss where you have it."),
     ] = None,
     loss: Annotated[str | None, typer.Option(help="Which loss: task/metric of lm-eval, or a column or metric.")] = None,
     at_least: Annotated[float, typer.Option(help="Leave out runs with fewer tokens a parameter; 20 is usual.")] = 0.0,
@@ -183,6 +144,7 @@ def collect(
     read: dict[Source, Any] = {
         Source.lm_eval: lambda: RunTable.from_lm_eval(source, sizes, loss=loss, metric=error),
         Source.wandb: lambda: RunTable.from_wandb(source, sizes, loss=loss),
+        Source.trainer: lambda: RunTable.from_trainer_states(source, sizes),
         Source.measurements: lambda: RunTable.from_measurements(source, loss or "loss", error),
         Source.testbed: lambda: RunTable.from_testbed(source),
         Source.olmo_ladder: lambda: RunTable.from_olmo_ladder(source),
@@ -222,7 +184,7 @@ def predict(
         else:
             targets = None if params is None or tokens is None else [(params, tokens)]
             found = _run_forecasts(runs, law, plan, objective, group, level, targets)
-    _show([_widened(row, widen) for row in found], as_json)
+    show([_widened(row, widen) for row in found], as_json)
 
 
 @app.command()
@@ -266,96 +228,6 @@ def plan(
         plans = [first] if overtrain is None else [first, *overtrained(chain, first, overtrain, level)]
     rows = [_widened(_planned(one, _mixed(table)), widen) for one in plans]
     typer.echo(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) if as_json else _in_words(rows))
-
-
-@app.command("ladder")
-def task_ladder(
-    source: Annotated[
-        Path,
-        typer.Argument(help="ladder-runs of github.com/allenai/OLMo-ladder, or a table with bpb_ and error_ columns."),
-    ],
-    share: Annotated[
-        Share, typer.Option(help="Exponents common to all tasks, or none (the paper's).")
-    ] = Share.exponents,
-    weigh: Annotated[
-        bool | None, typer.Option(help="Weigh by the noise of last checkpoints; by default where there are any.")
-    ] = None,
-    measure: Annotated[Measure, typer.Option(help="The loss of a task.")] = Measure.bpb,
-    up_to: Annotated[
-        float, typer.Option(help="Fit the runs of at most so many parameters, forecast the others.")
-    ] = 2e9,
-    predict: Annotated[
-        Path | None, typer.Option(help="Forecast this plan (params, tokens) from all runs of a table.")
-    ] = None,
-    level: LEVEL = 0.9,
-    plot: Annotated[Path | None, typer.Option(help="Draw forecasts against the truth to this PNG file.")] = None,
-    as_json: JSON = False,
-) -> None:
-    """Forecast every task of a benchmark in two steps: N and D to the task's loss, that to its error."""
-    from downriver.forecast import RunTable, TaskLadder
-    from downriver.forecast.ladder import held_out, public
-
-    ladder = TaskLadder(share.value, weigh, measure.value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        if source.is_dir():
-            found = public(source, ladder, up_to, level)
-        else:
-            table = RunTable.read(source)
-            if predict:
-                ladder.fit(table)
-                found = _ladder_plan(ladder, predict, level)
-            else:
-                named = table if len(set(table.names)) == len(table) else _numbered(table)
-                small = named.params <= up_to
-                if small.all():
-                    raise InputError(f"no run has more than {up_to:g} parameters: lower --up-to, or give --predict")
-                ladder.fit(named.select(small))
-                found = held_out(named, list(named.select(~small).names), ladder, level)
-    if plot:
-        from downriver.forecast.plot import plot_truth
-
-        if "error" not in found[0]:
-            raise InputError("plot: forecasts of a plan have no truth to be drawn against")
-        truth, said, low, high = (
-            [row[k] for row in found] for k in ("error", "error_forecast", "error_low", "error_high")
-        )
-        plot_truth(truth, said, plot, low, high, [row["task"] for row in found], "error")
-    _show(found, as_json)
-    if not as_json and "points_off" in found[0]:
-        for run in dict.fromkeys(row["run"] for row in found):
-            off = [abs(row["points_off"]) for row in found if row["run"] == run]
-            typer.echo(f"{run}: {sum(off) / len(off):.2f} points off on average over {len(off)} tasks")
-
-
-@app.command()
-def coverage(
-    folder: Annotated[Path, typer.Argument(help="Holds overtraining_testbed, olmo_ladder, chinchilla or obs_scaling.")],
-    level: LEVEL = 0.9,
-    as_json: JSON = False,
-) -> None:
-    """Measure how often intervals held the truth on public ladders, and the factor (--widen) that mends it.
-
-    It hides the largest runs of every ladder and takes a few minutes. `factor` is learnt on the other ladders.
-    """
-    from dataclasses import asdict
-
-    from downriver.forecast.coverage import coverage as measure
-    from downriver.forecast.coverage import factor, public_outcomes
-
-    outcomes = public_outcomes(folder, level)
-    rows = [
-        {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(row).items()}
-        for row in measure(outcomes, level)
-    ]
-    for kind in dict.fromkeys(o.kind for o in outcomes):
-        of_kind = [o for o in outcomes if o.kind == kind]
-        by = factor(of_kind, level)
-        inside = sum(o.inside for o in of_kind) / len(of_kind)
-        after = sum(o.half_widths <= by for o in of_kind) / len(of_kind)
-        every = {"ladder": "all", "kind": kind, "n": len(of_kind), "covered": inside}
-        rows.append(every | {"factor": by, "covered_widened": after})
-    _show(rows, as_json)
 
 
 @app.command()
@@ -470,13 +342,8 @@ def _run_forecasts(
     found = []
     for name, (N, D) in zip(names, targets or [], strict=True):
         said = chains[name].forecast(N, D, level)
-        found.append({"params": N, "tokens": D} | _said(said, _mixed(parts[name])))
+        found.append({"params": N, "tokens": D} | forecast_row(said, _mixed(parts[name])))
     return found
-
-
-def _said(forecast: Any, mixed: list[str]) -> dict[str, Any]:
-    row = _values("loss", forecast.chain[0]) | _values("error", forecast.chain[1] if len(forecast.chain) > 1 else None)
-    return row | {"extrapolation_ratio": forecast.extrapolation_ratio, "warnings": [*mixed, *forecast.warnings]}
 
 
 def _planned(plan: "Plan", mixed: list[str]) -> dict[str, Any]:
@@ -484,9 +351,9 @@ def _planned(plan: "Plan", mixed: list[str]) -> dict[str, Any]:
     low, high = plan.compute_interval or (None, None)
     return (
         {"plan": plan.name, "params": plan.params, "tokens": plan.tokens}
-        | {"compute": plan.compute, "compute_low": _finite(low), "compute_high": _finite(high)}
+        | {"compute": plan.compute, "compute_low": finite(low), "compute_high": finite(high)}
         | {"tokens_per_parameter": plan.multiplier}
-        | _said(plan.forecast, mixed)
+        | forecast_row(plan.forecast, mixed)
         | {"serving_flop_per_token": 2 * plan.params, "break_even_tokens": plan.break_even}
     )
 
@@ -498,42 +365,12 @@ def _in_words(rows: list[dict[str, Any]]) -> str:
         size = f"{row['params']:.3g} parameters, {row['tokens']:.3g} tokens"
         lines.append(f"{row['plan']}: {size} ({row['tokens_per_parameter']:.3g} a parameter)")
         serving = f"serving {row['serving_flop_per_token']:.3g} FLOP a token"
-        lines.append(f"  training {_shown('compute', row)} FLOP, {serving}")
-        reached = [f"{name} {_shown(name, row)}" for name in ("loss", "error") if row[name] is not None]
+        lines.append(f"  training {shown('compute', row)} FLOP, {serving}")
+        reached = [f"{name} {shown(name, row)}" for name in ("loss", "error") if row[name] is not None]
         lines.append(f"  {', '.join(reached)}; {row['extrapolation_ratio']:,.3g} times the compute of the fitted runs")
         if row["break_even_tokens"] is not None:
             lines.append(f"  dearer to train, pays after {row['break_even_tokens']:.3g} served tokens")
     return "\n".join(lines + [f"note: {said}" for said in dict.fromkeys(w for row in rows for w in row["warnings"])])
-
-
-def _widened(row: dict[str, Any], by: float) -> dict[str, Any]:
-    """A row with the intervals of its loss and error stretched about their values."""
-    from downriver.forecast.coverage import widened
-
-    found = dict(row)
-    for name in ("loss", "error") if by != 1 else ():
-        if row.get(f"{name}_low") is not None:
-            ends = widened(row[name], row[f"{name}_low"], row[f"{name}_high"], by)
-            found |= dict(zip((f"{name}_low", f"{name}_high"), ends, strict=True))
-    return found
-
-
-def _ladder_plan(ladder: Any, plan: Path, level: float) -> list[dict[str, Any]]:
-    from downriver.core.table import read_table
-
-    found = []
-    frame = read_table(plan, numeric=["params", "tokens"])
-    for N, D in zip(frame["params"], frame["tokens"], strict=True):
-        for task, said in ladder.forecast(N, D, level).items():
-            found.append({"params": N, "tokens": D, "task": task} | _said(said, []))
-    return found
-
-
-def _numbered(table: "RunTable") -> "RunTable":
-    """The table with its runs named by their rows."""
-    from dataclasses import replace
-
-    return replace(table, names=[f"row {i + 1}" for i in range(len(table))])
 
 
 def _curve_forecasts(
@@ -548,7 +385,7 @@ def _curve_forecasts(
     found = []
     for n in read_table(plan, numeric=[x_name])[x_name]:
         low, high = curve.interval([n], level)
-        values = {y_name: curve.predict(n), f"{y_name}_low": _finite(low[0]), f"{y_name}_high": _finite(high[0])}
+        values = {y_name: curve.predict(n), f"{y_name}_low": finite(low[0]), f"{y_name}_high": finite(high[0])}
         said = [*curve.cautions(), *curve.cautions_at(n)]
         if curve.range_[0] <= n <= curve.range_[1]:
             said.append("the target lies inside the range of the fitted sizes: an interpolation, not a forecast")
@@ -584,55 +421,22 @@ def _described(chain: "Chain", group: str, level: float) -> dict[str, Any]:
 
 
 def _fitted(law: Any, group: str, level: float) -> dict[str, Any]:
-    bounds = {name: [_finite(v) for v in pair] for name, pair in law.ci(level).items()}
+    bounds = {name: [finite(v) for v in pair] for name, pair in law.ci(level).items()}
     report = f"{group}: {law.report()}" if group else law.report()
     return {"group": group, "params": law.params_, "intervals": bounds, "warnings": law.cautions(), "report": report}
 
 
-def _values(name: str, step: Any) -> dict[str, float | None]:
-    values = (step.value, step.low, step.high) if step else (None, None, None)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), map(_finite, values), strict=True))
+def _widened(row: dict[str, Any], by: float) -> dict[str, Any]:
+    """A row with the intervals of its loss and error stretched about their values."""
+    from downriver.forecast.coverage import widened
+
+    found = dict(row)
+    for name in ("loss", "error") if by != 1 else ():
+        if row.get(f"{name}_low") is not None:
+            ends = widened(row[name], row[f"{name}_low"], row[f"{name}_high"], by)
+            found |= dict(zip((f"{name}_low", f"{name}_high"), ends, strict=True))
+    return found
 
 
-def _hidden(test: "Backtest") -> list[dict[str, Any]]:
-    """One row a hidden run."""
-    x_name = test.x_name.replace(" ", "_").lower()
-    names = ("metric", x_name, "reached", "forecast", "forecast_low", "forecast_high", "relative_error")
-    columns = (test.held_x, test.held_y, test.predicted, test.low, test.high, test.relative_errors)
-    return [dict(zip(names, (test.y_name, *map(_finite, row)), strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False))
-    else:
-        _print(rows)
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    names = [name for name in rows[0] if name != "warnings" and not name.endswith(("_low", "_high"))]
-    names = [name for name in names if any(row[name] is not None for row in rows)]
-    table = Table(*(name.replace("_", " ") for name in names), box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(_shown(name, row) for name in names))
-    console = Console()
-    console.print(table)
-    for said in dict.fromkeys(w for row in rows for w in row.get("warnings", [])):
-        console.print(f"note: {said}", highlight=False)
-
-
-def _shown(name: str, row: dict[str, Any]) -> str:
-    """One cell: a number with its interval, where the row has one."""
-    value, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    if name == "relative_error":
-        return f"{value:+.2%}"
-    return f"{value:.4g}" + (f" ({low:.4g} to {high:.4g})" if low is not None else "")
+for _command in (forecast_public.testbed, forecast_public.ladder, forecast_public.coverage):
+    app.command()(_command)

@@ -3,9 +3,13 @@
 import json
 import math
 import warnings
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from downriver.core.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from downriver.rank import Ranking
@@ -27,15 +31,21 @@ def rank(
     epochs: Annotated[float, typer.Option(min=0, help="Epochs of fine-tuning to compare with; 0: not measured.")] = 3.0,
     max_length: Annotated[int | None, typer.Option(min=1, help="Cut texts at so many tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the rows and the halves.")] = 0,
+    truth: Annotated[
+        Path | None, typer.Option(help="A table with model and a column of what fine-tuning reached: how good was it?")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Rank MODELS for a task by their features, without training any.
 
-    Features are kept in the cache, so that another score of the same models costs seconds.
+    Features are kept in the cache, so that another score of the same models costs seconds. With --truth, a table of
+    fine-tuned results (higher is better; rows of one model are averaged), the ranking is held against them: weighted
+    Kendall's tau, what taking the first model loses, and the best of the first 1 and 3.
     """
     from downriver import tasks
     from downriver.rank import PED, rank_models
 
+    reached = None if truth is None else _reached(truth, models)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what PED warns of is said among the notes
         found = rank_models(
@@ -53,6 +63,8 @@ def rank(
             seed=seed,
         )
     said = _said(found, epochs)
+    if reached is not None:
+        said["truth"] = {name: _finite(value) for name, value in asdict(found.agreement(reached)).items()}
     typer.echo(json.dumps(said, indent=1, ensure_ascii=False, allow_nan=False)) if as_json else _print(found, said)
 
 
@@ -62,6 +74,25 @@ def _said(found: "Ranking", epochs: float) -> dict[str, Any]:
     tuning = sum(row["fine_tuning_seconds"] for row in rows) if epochs else None
     about = {"task": found.task, "score": found.score, "rows": found.rows, "level": found.level, "models": rows}
     return about | {"seconds": taken, "epochs": epochs, "fine_tuning_seconds": tuning, "notes": list(found.notes)}
+
+
+def _reached(file: Path, models: list[str]) -> dict[str, float]:
+    """What each model reached, from a table with ``model`` and one more column of numbers."""
+    from downriver.core.table import read_table
+
+    frame = read_table(file)
+    if "model" not in frame.columns:
+        raise unknown(f"column of {file}", "model", frame.columns)
+    numbers = [name for name, kind in frame.schema.items() if name not in ("model", "seed") and kind.is_numeric()]
+    if len(numbers) != 1:
+        raise InputError(f"{file}: beside model (and seed) one column of numbers is expected, not {numbers or 'none'}")
+    means = dict(frame.group_by("model").mean().select("model", numbers[0]).iter_rows())
+    if len(models) < 2:
+        raise InputError("one model cannot be held against the truth: two at least are expected")
+    for model in models:
+        if means.get(model) is None:
+            raise unknown(f"model in {file}", model, means)
+    return {model: float(means[model]) for model in models}
 
 
 def _finite(value: Any) -> Any:
@@ -89,8 +120,21 @@ def _print(found: "Ranking", said: dict[str, Any]) -> None:
         )
         line += " (one real step of 16 rows each, times the steps)"
     console.print(line, highlight=False)
+    if (held := said.get("truth")) is not None:
+        console.print(_held(held), highlight=False)
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
+
+
+def _held(truth: dict[str, Any]) -> str:
+    """The agreement with what fine-tuning reached, in a line."""
+    tau = f"{truth['weighted_tau']:.2f}"
+    if truth["tau_low"] is not None:
+        tau += f" ({truth['tau_low']:.2f} to {truth['tau_high']:.2f})"
+    if truth["size_tau"] is not None:
+        tau += f", of taking the larger model {truth['size_tau']:.2f}"
+    best = ", ".join(f"{share:.1%} of the best among the first {k}" for k, share in truth["top"].items())
+    return f"against the truth: weighted tau {tau}; the first model loses {truth['regret']:.4g}; {best}"
 
 
 def _time(seconds: float) -> str:

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.forecast.alignment import language_shares as language_shares
+    from downriver.forecast.alignment import ngram_cross_entropy as ngram_cross_entropy
+    from downriver.forecast.alignment import translation_alignment as translation_alignment
     from downriver.forecast.backtest import Backtest as Backtest
     from downriver.forecast.backtest import backtest as backtest
     from downriver.forecast.cod import CODPredictor as CODPredictor
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from downriver.forecast.data_scaling import DataScalingCurve as DataScalingCurve
     from downriver.forecast.difficulty import difficulty_features as difficulty_features
     from downriver.forecast.difficulty import option_pass_rates as option_pass_rates
+    from downriver.forecast.difficulty import sampled_pass_rates as sampled_pass_rates
     from downriver.forecast.fit import LawFit as LawFit
     from downriver.forecast.fit import fit_law as fit_law
     from downriver.forecast.fit import fit_laws as fit_laws
@@ -72,8 +76,12 @@ __getattr__, __dir__, __all__ = attach(
         "fit_laws": "downriver.forecast.fit:fit_laws",
         "forecast": "downriver.forecast.overtraining_law:forecast",
         "generalization_gap": "downriver.forecast.pareto:generalization_gap",
+        "language_shares": "downriver.forecast.alignment:language_shares",
+        "ngram_cross_entropy": "downriver.forecast.alignment:ngram_cross_entropy",
         "option_pass_rates": "downriver.forecast.difficulty:option_pass_rates",
         "overtrained": "downriver.forecast.plan:overtrained",
         "paper_runs": "downriver.forecast.overtraining_law:paper_runs",
+        "sampled_pass_rates": "downriver.forecast.difficulty:sampled_pass_rates",
+        "translation_alignment": "downriver.forecast.alignment:translation_alignment",
     },
 )

@@ -1,7 +1,7 @@
 """How often each model gets each item right: the features by which items of a benchmark are grouped.
 
-Reach for it to turn ``samples_*.jsonl`` of lm-evaluation-harness (``--log_samples``), one file a model, or the
-likelihoods of answer options, into the matrix of pass rates that ``CODPredictor`` is fitted to.
+Reach for it to turn ``samples_*.jsonl`` of lm-evaluation-harness (``--log_samples``), one file a model, a model's own
+sampled answers, or the likelihoods of answer options, into the pass rates that ``CODPredictor`` is fitted to.
 
 A multiple-choice item has a soft pass rate, the probability of the right option among the options: greedy 0 or 1 would
 throw most items together. A generated answer needs many samples an item (lm-eval's ``repeats``; the paper takes 100).
@@ -50,10 +50,7 @@ def difficulty_features(samples: Sequence[Path_], *, check: Callable[[str, str],
     """
     if not samples:
         raise InputError("samples: at least one file is expected")
-    tables = [
-        _read(Path(path), check or (lambda response, target: float(response.strip() == target.strip())))
-        for path in samples
-    ]
+    tables = [_read(Path(path), check or _same) for path in samples]
     ids = sorted(tables[0], key=lambda i: (len(i), i))
     for path, table in zip(samples, tables, strict=True):
         if odd := sorted(set(ids) ^ set(table)):
@@ -80,6 +77,73 @@ def option_pass_rates(log_likelihoods: Sequence[Any], right: Sequence[int]) -> A
         p = np.exp(values - values.max())
         found.append(float(p[k] / p.sum()))
     return np.array(found)
+
+
+def sampled_pass_rates(
+    model: Any,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    tokenizer: Any = None,
+    check: Callable[[str, str], float] | None = None,
+    n_samples: int = 100,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    batch_size: int = 100,
+    seed: int = 0,
+) -> Array:
+    """Pass rates (n,) of one model: the mean of ``check`` over sampled continuations of each prompt.
+
+    ``model`` is a causal ``Model`` or a transformers one with its ``tokenizer``; it answers by its own ``generate``,
+    ``batch_size`` samples at a time, from the whole distribution at ``temperature``. ``check`` is as in
+    ``difficulty_features``; 100 samples are the paper's. Raises ``InputError`` for a model of another kind, lists of
+    different lengths, and numbers out of range.
+
+    >>> from downriver.models import small
+    >>> lm = small("causal-lm", "nano")
+    >>> settings = {"check": lambda said, target: 1.0, "n_samples": 2, "max_new_tokens": 1}
+    >>> sampled_pass_rates(lm, ["a", "b"], ["", ""], **settings).tolist()
+    [1.0, 1.0]
+    """
+    import torch
+
+    from downriver.core.seeds import seeded
+    from downriver.models.language import language_model
+
+    if len(prompts) != len(targets) or not prompts:
+        raise InputError(f"{len(prompts)} prompts and {len(targets)} targets: one each, at least one, are expected")
+    if min(n_samples, max_new_tokens, batch_size) < 1 or not 0 < temperature < math.inf:
+        raise InputError(
+            f"n_samples {n_samples}, max_new_tokens {max_new_tokens}, batch_size {batch_size}, temperature"
+            f" {temperature}: positive numbers are expected"
+        )
+    lm, check = language_model(model, tokenizer), check or _same
+    words: Any = lm.processor
+    backbone: Any = lm.backbone
+    pad = words.eos_token_id if words.pad_token_id is None else words.pad_token_id
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
+    rates, training = [], lm.training
+    lm.eval()
+    with seeded("pass rates", seed), torch.no_grad():
+        for prompt, target in zip(prompts, targets, strict=True):
+            ids = words(prompt, return_tensors="pt")["input_ids"].to(lm.device)
+            said: list[str] = []
+            while len(said) < n_samples:
+                count = min(batch_size, n_samples - len(said))
+                out = backbone.generate(
+                    ids, attention_mask=torch.ones_like(ids), num_return_sequences=count, pad_token_id=pad, **how
+                )
+                said += words.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            rates.append(float(np.mean([check(answer, target) for answer in said])))
+    lm.train(training)
+    if min(rates) < 0 or max(rates) > 1:
+        raise InputError("check: numbers from 0 to 1 are expected of it")
+    return np.array(rates)
+
+
+def _same(response: str, target: str) -> float:
+    """Whether two answers are the same but for white space about them."""
+    return float(response.strip() == target.strip())
 
 
 def _read(path: Path, check: Callable[[str, str], float]) -> dict[str, tuple[float, float]]:

@@ -12,7 +12,7 @@ that it deserves.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -26,22 +26,22 @@ INTERVALS = ("bootstrap", "case", "hessian")
 LANE_ELEMENTS = 1 << 16  # points x fits worked on at a time; larger ones are no faster
 
 
-def fit_law(
-    form: Form,
-    X: Sequence[Any],
-    y: Any,
-    *,
-    weight: Any = None,
-    objective: Objective = "lsq",
-    delta: float = 1e-3,
-    n_starts: int = 108,
-) -> "LawFit":
+class FitSettings(TypedDict, total=False):
+    """How a form is fitted: see ``fit_law``."""
+
+    weight: Any
+    objective: Objective
+    delta: float
+    n_starts: int
+
+
+def fit_law(form: Form, X: Sequence[Any], y: Any, **settings: Unpack[FitSettings]) -> "LawFit":
     """Fit one form to n points: ``X`` holds one 1-D array an input, ``y`` the target.
 
-    ``objective="lsq"`` is least squares on ``y``; ``"huber_log"`` is Huber's loss of width ``delta`` on ``log y``.
-    ``weight`` multiplies squared residuals. Of ``n_starts`` evenly spread starting points the best end is kept.
-    Raises ``InputError`` where the points cannot determine the parameters (too few, or all on one line) and for values
-    that are not positive finite numbers.
+    ``objective="lsq"`` (the default) is least squares on ``y``; ``"huber_log"`` is Huber's loss of width ``delta``
+    (1e-3) on ``log y``. ``weight`` multiplies squared residuals. Of ``n_starts`` (108) evenly spread starting points
+    the best end is kept. Raises ``InputError`` where the points cannot determine the parameters (too few, or all on
+    one line) and for values that are not positive finite numbers.
 
     >>> from downriver.forecast.forms import PowerLaw
     >>> n = np.array([100.0, 200, 400, 800, 1600])
@@ -49,7 +49,7 @@ def fit_law(
     >>> {name: round(value, 6) for name, value in fit.params.items()}
     {'E': 0.1, 'A': 2.0, 'alpha': 0.5}
     """
-    return fit_laws(form, X, [y], weight=weight, objective=objective, delta=delta, n_starts=n_starts)[0]
+    return fit_laws(form, X, [y], **settings)[0]
 
 
 def fit_laws(

@@ -244,8 +244,11 @@ class RunTable:
         return measurements(rows, loss, error, task)
 
     @classmethod
-    def from_trainer_states(cls, params: Mapping[Path_, float]) -> "RunTable":
+    def from_trainer_states(cls, params: Mapping[Path_, float] | Path_, sizes: Any = None) -> "RunTable":
         """Read ``trainer_state.json`` files of the Hugging Face Trainer, given with each run's number of parameters.
+
+        With a folder instead, all runs below it are read, each by its last checkpoint; parameters come from ``sizes``,
+        a table or mapping by the run's folder, else from the headers of the safetensors beside the state.
 
         One run a file: the last ``eval_loss``, and the tokens seen (``include_num_input_tokens_seen=True`` of the
         training arguments records them; else they are total_flos / 6N). Checkpoints within a run are not runs of their
@@ -253,7 +256,7 @@ class RunTable:
         """
         from downriver.forecast.readers.tracked import trainer_states
 
-        return trainer_states(params)
+        return trainer_states(params, sizes)
 
     @classmethod
     def from_wandb(

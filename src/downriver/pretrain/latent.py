@@ -368,13 +368,18 @@ def contrastive_pairs(first: Any, second: Any, *, seed: int = 0) -> tuple[Array,
     return np.concatenate([same, np.stack([a, b[other]], axis=1)]), np.repeat([1, 0], len(a))
 
 
-def informativeness(pretrainer: Any, X: Any, *, draws: int = 5000, seed: int = 0) -> float:
+def informativeness(pretrainer: Any, X: Any, z: Any = None, *, draws: int = 5000, seed: int = 0) -> float:
     """A proxy of κ: how far two fits differ in the latent variable for a difference in the inputs' distribution.
 
     The pretrainer is fitted to two halves of the rows. Their latent variables, aligned by a rotation (factors) or a
     permutation (mixtures), differ by a relative root-mean-square; that is divided by the Hellinger distance of the two
     densities of x. Small: pretraining says what there is to know about z. Large: the likelihood hardly sees z, as with
     overlapping components, and pretraining may not help. It is no bound.
+
+    Where the latent variable of the rows is known, give it as ``z``: factors or their posterior means (n, r), or
+    component numbers (n,) or probabilities (n, K). The fits are then held against it instead of against each other
+    (the mean of both errors); drawn factors, other than posterior means, carry noise that no fit can tell. Raises
+    ``InputError`` for a ``z`` of another shape than the fits'.
 
     >>> rng = np.random.default_rng(0)
     >>> def kappa(distance):
@@ -390,15 +395,42 @@ def informativeness(pretrainer: Any, X: Any, *, draws: int = 5000, seed: int = 0
     order = rng.permutation(len(rows))
     fits = [clone(pretrainer).fit(rows[half]) for half in np.array_split(order, 2)]
     z1, z2 = (fit.transform(rows) for fit in fits)
-    if isinstance(pretrainer, FactorPretrainer):
-        z2 = z2 @ orthogonal_procrustes(z2, z1)[0]
+    rotate = isinstance(pretrainer, FactorPretrainer)
+    if z is None:
+        error = _aligned_error(z1, z2, rotate)
     else:
-        z2 = z2[:, linear_sum_assignment(z1.T @ z2, maximize=True)[1]]
-    error = math.sqrt(np.square(z1 - z2).mean() / max(np.square(z1).mean(), 1e-300))
+        known = _latent(z, z1.shape, rotate)
+        error = (_aligned_error(known, z1, rotate) + _aligned_error(known, z2, rotate)) / 2
     drawn = np.vstack([fit.draw(draws, rng) for fit in fits])
     p, q = (fit.log_densities(drawn) for fit in fits)
     overlap = np.exp((p + q) / 2 - np.logaddexp(p, q) + math.log(2)).mean()  # E under (p + q)/2 of 2√(pq)/(p + q)
     return error / math.sqrt(max(1 - overlap, 1e-12))
+
+
+def _aligned_error(known: Array, found: Array, rotate: bool) -> float:
+    """Root-mean-square difference relative to ``known``, after the best rotation or permutation of ``found``."""
+    if rotate:
+        found = found @ orthogonal_procrustes(found, known)[0]
+    else:
+        found = found[:, linear_sum_assignment(known.T @ found, maximize=True)[1]]
+    return math.sqrt(np.square(known - found).mean() / max(np.square(known).mean(), 1e-300))
+
+
+def _latent(z: Any, shape: tuple[int, ...], rotate: bool) -> Array:
+    """``z`` as the fits give theirs: component numbers become rows of zeros and a one."""
+    known = np.asarray(z)
+    if (
+        not rotate
+        and known.ndim == 1
+        and known.dtype.kind in "iu"
+        and len(known)
+        and 0 <= known.min() <= known.max() < shape[1]
+    ):
+        known = np.eye(shape[1])[known]
+    if known.shape != shape or not np.isfinite(known.astype(np.float64)).all():
+        what = "factors" if rotate else "component numbers (n,), or probabilities"
+        raise InputError(f"z of shape {np.shape(z)}: finite {what} of shape {shape} are expected")
+    return known.astype(np.float64)
 
 
 def _rows(X: Any, columns: int | None = None) -> Array:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from downriver.rank.rank import agreement as agreement
     from downriver.rank.rank import fine_tuning_seconds as fine_tuning_seconds
     from downriver.rank.rank import rank_models as rank_models
+    from downriver.rank.rank import with_plasticity as with_plasticity
     from downriver.rank.scores import gbc as gbc
     from downriver.rank.scores import hscore as hscore
     from downriver.rank.scores import knn as knn
@@ -40,6 +41,7 @@ __getattr__, __dir__, __all__ = attach(
         "fine_tuning_seconds": "downriver.rank.rank:fine_tuning_seconds",
         "rank_models": "downriver.rank.rank:rank_models",
         "search_smaller": "downriver.rank.aio_p:search_smaller",
+        "with_plasticity": "downriver.rank.rank:with_plasticity",
     }
     | {
         name: f"downriver.rank.scores:{name}"

@@ -68,7 +68,10 @@ def loss_of(
 
 
 def tokens_in(batch: Batch) -> int:
-    """The tokens of a batch without padding; 0 for images and tables."""
+    """The tokens of a batch without padding; 0 for images and tables. Packed rows, which have positions instead of a
+    mask, are padded behind the last position above 0."""
+    if "position_ids" in batch and "attention_mask" not in batch:
+        return int((batch["position_ids"].flip(1).cumsum(1) > 0).sum())
     return sum(int(mask.sum()) for name, mask in batch.items() if name.endswith("attention_mask"))
 
 

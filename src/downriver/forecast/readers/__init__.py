@@ -22,8 +22,10 @@ def read_json(file: Path) -> Any:
         raise InputError(f"{file} is not JSON: {error}") from error
 
 
-def read_sizes(sizes: Any) -> dict[str, dict[str, float]]:
+def read_sizes(sizes: Any, needs: str = "tokens") -> dict[str, dict[str, float]]:
     """Parameters, tokens and, where given, the loss of each run, from a mapping or from a table with a name column.
+
+    ``needs`` is the one that must be there.
 
     >>> read_sizes({"pythia-70m": (7e7, 3e11)})
     {'pythia-70m': {'params': 70000000.0, 'tokens': 300000000000.0}}
@@ -34,8 +36,8 @@ def read_sizes(sizes: Any) -> dict[str, dict[str, float]]:
         names = read_table(sizes).columns
         key = next((name for name in ("model", "run", "name") if name in names), None)
         if key is None:
-            raise InputError(f"{sizes}: a column 'model' (or 'run', 'name') is expected beside 'tokens'")
-        numeric = [name for name in ("params", "tokens", "loss") if name in names or name == "tokens"]
+            raise InputError(f"{sizes}: a column 'model' (or 'run', 'name') is expected beside {needs!r}")
+        numeric = [name for name in ("params", "tokens", "loss") if name in names or name == needs]
         frame = read_table(sizes, numeric=numeric, text=[key])
         found = {row[key]: {name: row[name] for name in numeric} for row in frame.iter_rows(named=True)}
         if len(found) < frame.height:
@@ -43,7 +45,7 @@ def read_sizes(sizes: Any) -> dict[str, dict[str, float]]:
     for name, row in found.items():
         for what, value in row.items():
             row[what] = float(column(f"{what} of {name}", [value])[0])
-        if "tokens" not in row:
+        if needs not in row:
             raise InputError(f"sizes of {name}: parameters and tokens are expected")
     return found
 

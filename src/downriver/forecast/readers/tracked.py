@@ -3,6 +3,8 @@
 Reach for them to fit a law to runs that you trained yourself.
 """
 
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,22 +58,56 @@ def measurements(
     )
 
 
-def trainer_states(params: Mapping[Path_, float]) -> RunTable:
+def trainer_states(params: Mapping[Path_, float] | Path_, sizes: Any = None) -> RunTable:
     """See ``RunTable.from_trainer_states``."""
-    N, D, losses = [], [], []
-    for path, size in params.items():
-        state = read_json(Path(path))
+    N, D, losses, names = [], [], [], []
+    runs = {Path(p): (str(p), n) for p, n in params.items()} if isinstance(params, Mapping) else _states(params, sizes)
+    for path, (name, size) in runs.items():
+        state = read_json(path)
         evaluated = [row["eval_loss"] for row in state.get("log_history", []) if "eval_loss" in row]
         if not evaluated:
             raise InputError(f"{path}: no eval_loss in its log_history")
-        (size,) = column(f"params of {path}", [size])
+        (size,) = column(f"params of {name}", [size])
         tokens = state.get("num_input_tokens_seen") or state.get("total_flos", 0) / (6 * size)
         if not tokens:
             raise InputError(f"{path}: neither num_input_tokens_seen nor total_flos is recorded")
         N.append(size)
         D.append(float(tokens))
         losses.append(float(evaluated[-1]))
-    return RunTable(np.array(N), np.array(D), {"loss": np.array(losses)}, names=[str(path) for path in params])
+        names.append(name)
+    return RunTable(np.array(N), np.array(D), {"loss": np.array(losses)}, names=names)
+
+
+def _states(folder: Path_, sizes: Any) -> dict[Path, tuple[str, float]]:
+    """The last ``trainer_state.json`` of every run below a folder, with the run's name and number of parameters."""
+    last: dict[Path, tuple[int, Path]] = {}
+    for file in sorted(Path(folder).rglob("trainer_state.json")):
+        before, _, step = file.parent.name.partition("checkpoint-")
+        inside = not before and step.isdigit()
+        key = file.parent.parent if inside else file.parent
+        last[key] = max(last.get(key, (-1, file)), (int(step) if inside else sys.maxsize, file))
+    if not last:
+        raise InputError(f"{folder}: no trainer_state.json is in it or below it")
+    known = None if sizes is None else read_sizes(sizes, needs="params")
+    found = {}
+    for run, (_, file) in last.items():
+        name = run.name if run == Path(folder) else str(run.relative_to(folder))
+        params = _counted(file.parent, run) if known is None else size_of([name, run.name], known)["params"]
+        found[file] = (name, params)
+    return found
+
+
+def _counted(*folders: Path) -> float:
+    """The parameters of the model that the first folder with one holds, by the headers of its safetensors."""
+    from downriver.core.tensors import open_checkpoint
+
+    for folder in folders:
+        if any(folder.glob("model.safetensors*")):
+            weights = open_checkpoint(folder)
+            return float(sum(math.prod(weights.shape(name)) for name in weights))
+    raise InputError(
+        f"{folders[0]} has no model.safetensors to count parameters in: give a table of sizes (model, params)"
+    )
 
 
 def wandb(

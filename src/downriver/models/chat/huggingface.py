@@ -48,7 +48,7 @@ class HFChat(ChatModel):
     is drawn from softmax(logits / temperature) by the Gumbel-max trick with a generator of each answer's own, so
     that an answer does not depend on what else is in its batch (up to floating-point noise where two tokens are as
     good as equal, as can happen in half precision). Decoding is the model's own distribution: of the model's
-    ``generation_config`` only the end-of-text tokens count, no penalties and no top-k or top-p.
+    ``generation_config`` only the end-of-text tokens count, no penalties, no top-k and no top-p but the caller's.
 
     Log-likelihoods are of the joint encoding of prompt and continuation: a continuation's tokens are those of the
     whole text that reach beyond the prompt's last character, so a token that straddles the boundary is scored with
@@ -224,7 +224,7 @@ class HFChat(ChatModel):
         stop, temperature = asks[0].stop, asks[0].temperature  # the same for all asks of a call
         inputs = self._pad_left(ids)
         width = inputs["input_ids"].shape[1]
-        draw = _Draw(temperature, seeds)
+        draw = _Draw(temperature, seeds, asks[0].top_p)
         halt = _Halt(self.tokenizer, width, stop)
         # every value that is left out would be taken from the model's own generation_config
         neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
@@ -293,11 +293,12 @@ def _plain(value: Any) -> Any:
 class _Draw(LogitsProcessor):
     """Turns the arg-max of greedy decoding into a draw, row by row, and keeps the log-probability of what it picks.
 
-    Gumbel-max: argmax_i(z_i / T - log E_i), with E_i standard exponential, is distributed as softmax(z / T).
+    Gumbel-max: argmax_i(z_i / T - log E_i), with E_i standard exponential, is distributed as softmax(z / T). Tokens
+    outside the nucleus (those before which the likelier ones already reach ``top_p``) are never picked.
     """
 
-    def __init__(self, temperature: float, seeds: list[int]) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: float, seeds: list[int], top_p: float = 1.0) -> None:
+        self.temperature, self.top_p = temperature, top_p
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
         self.logprobs: list[torch.Tensor] = []
 
@@ -307,7 +308,12 @@ class _Draw(LogitsProcessor):
             waits = [
                 torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self.generators
             ]
-            picked = picked.double() / self.temperature - torch.stack(waits).log().to(scores.device)
+            picked = picked.double() / self.temperature
+            if self.top_p < 1:
+                likely, order = picked.softmax(-1).sort(-1, descending=True)
+                outside = likely.cumsum(-1) - likely >= self.top_p
+                picked = picked.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+            picked = picked - torch.stack(waits).log().to(scores.device)
         choice = picked.argmax(-1, keepdim=True)
         self.logprobs.append(log_softmax(scores.float(), dim=-1).gather(-1, choice)[:, 0].cpu())
         return picked

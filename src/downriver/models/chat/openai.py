@@ -224,6 +224,8 @@ class OpenAIChat(ChatModel):
             fields["stop"] = list(ask.stop)
         if ask.seed is not None:
             fields["seed"] = ask.seed
+        if ask.top_p < 1:
+            fields["top_p"] = ask.top_p
         if isinstance(ask.prompt, str):
             if self.logprobs:
                 fields["logprobs"] = 1

@@ -69,6 +69,7 @@ class Ask:
     stop: tuple[str, ...]
     seed: int | None
     sample: int
+    top_p: float = 1.0
     draw: int = 0  # tells apart the asks of one call whose answers are drawn without a seed
 
     @property
@@ -142,6 +143,7 @@ class ChatModel(ABC):
         *,
         max_tokens: int,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         n: int = 1,
@@ -149,8 +151,9 @@ class ChatModel(ABC):
         """Complete each prompt: one list of ``n`` completions a prompt, in the order of the prompts.
 
         ``temperature`` 0 (the default) takes the likeliest token each time, so that all ``n`` answers are one and the
-        same, asked once; above 0 tokens are drawn from the softmax of the logits divided by it, from the whole
-        vocabulary. The text ends before the first of the ``stop`` strings.
+        same, asked once; above 0 tokens are drawn from the softmax of the logits divided by it: from the whole
+        vocabulary, or with ``top_p`` below 1 from the fewest likeliest tokens that together reach that probability.
+        The text ends before the first of the ``stop`` strings.
 
         Raises ``InputError`` for a malformed prompt or parameter before anything is asked, ``SpendingLimit`` before a
         request that could cross the limit.
@@ -162,17 +165,19 @@ class ChatModel(ABC):
         _check(
             isinstance(temperature, Real) and 0 <= temperature < math.inf, "temperature", temperature, "a number >= 0"
         )
+        _check(isinstance(top_p, Real) and 0 < top_p <= 1, "top_p", top_p, "a number above 0 and at most 1")
         _check(
             seed is None or (isinstance(seed, Integral) and 0 <= seed < 2**63), "seed", seed, "an integer in [0, 2**63)"
         )
         _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
         samples = 1 if temperature == 0 else n
+        nucleus = 1.0 if temperature == 0 else float(top_p)  # the likeliest token is in every nucleus
         asks: list[Ask] = []
         for prompt in asked:
             for i in range(samples):
                 own = None if seed is None or temperature == 0 else _sample_seed(int(seed), i)
                 draw = len(asks) if seed is None and temperature > 0 else 0
-                asks.append(Ask(prompt, int(max_tokens), float(temperature), stop, own, i, draw))
+                asks.append(Ask(prompt, int(max_tokens), float(temperature), stop, own, i, nucleus, draw))
         answers = self._around(asks, Completion, self._answer)
         return [answers[i : i + samples] * (n // samples) for i in range(0, len(answers), samples)]
 
