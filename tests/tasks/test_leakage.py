@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from downriver.core import InputError
+from downriver.core.minhash import jaccard, shingles
 from downriver.tasks import Task, leakage
-from downriver.tasks.leakage import _jaccard, _shingles, duplicate_groups
+from downriver.tasks.leakage import duplicate_groups
 
 rng = np.random.default_rng(0)
 WORDS = [f"w{i}" for i in range(5000)]
@@ -49,7 +50,7 @@ def test_the_threshold_is_the_true_jaccard_similarity():
     a = document(60)
     b = list(a)
     b[30] = "changed"
-    similarity = _jaccard(_shingles(" ".join(a)), _shingles(" ".join(b)))
+    similarity = jaccard(shingles(" ".join(a)), shingles(" ".join(b)))
     assert similarity == pytest.approx(51 / 61)
     task = task_of([" ".join(a), "x"], [" ".join(b), "y"])
     assert leakage(task, threshold=0.8).overlaps[0].near == 1

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from downriver.adapt.edit.requests import recalls as recalls
     from downriver.adapt.fixmatch import fixmatch as fixmatch
     from downriver.adapt.full import full as full
+    from downriver.adapt.kaft import kaft as kaft
     from downriver.adapt.linear_probe import linear_probe as linear_probe
     from downriver.adapt.lora import lora as lora
     from downriver.adapt.lora import merge_adapter as merge_adapter
     from downriver.adapt.multi_teacher import SourceModel as SourceModel
+    from downriver.adapt.opt_iml import InstructionPacker as InstructionPacker
+    from downriver.adapt.opt_iml import opt_iml as opt_iml
+    from downriver.adapt.prompt_ft import PromptClassifier as PromptClassifier
     from downriver.training.engine import fine_tune as fine_tune
     from downriver.training.trainer import Term as Term
 
@@ -35,14 +39,18 @@ __getattr__, __dir__, __all__ = attach(
     METHODS
     | {
         "EditResult": "downriver.adapt.edit.apply:EditResult",
+        "InstructionPacker": "downriver.adapt.opt_iml:InstructionPacker",
         "MultiSourceDistiller": "downriver.adapt.distill_weighted:MultiSourceDistiller",
+        "PromptClassifier": "downriver.adapt.prompt_ft:PromptClassifier",
         "SourceModel": "downriver.adapt.multi_teacher:SourceModel",
         "Term": "downriver.training.trainer:Term",
         "apply_edit": "downriver.adapt.edit.apply:apply_edit",
         "fine_tune": "downriver.training.engine:fine_tune",
         "fixmatch": "downriver.adapt.fixmatch:fixmatch",
+        "kaft": "downriver.adapt.kaft:kaft",
         "key_covariance": "downriver.adapt.edit.covariance:key_covariance",
         "merge_adapter": "downriver.adapt.lora:merge_adapter",
+        "opt_iml": "downriver.adapt.opt_iml:opt_iml",
         "recalls": "downriver.adapt.edit.requests:recalls",
         "task_weights": "downriver.adapt.distill_weighted:task_weights",
     },

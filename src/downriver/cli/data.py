@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from downriver.cli.data_score import score
+from downriver.cli.data_select import select
 from downriver.core.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ mix = typer.Typer(
     help="Mixtures of domains: fit small runs, propose the mixture of the large one.", no_args_is_help=True
 )
 app.add_typer(mix, name="mix")
+app.command("score")(score)
+app.command("select")(select)
 
 
 class Kind(StrEnum):

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from downriver.data.condition.encode import encode as encode
     from downriver.data.condition.metadata import MetadataFormatter as MetadataFormatter
     from downriver.data.condition.pack import Packer as Packer
+    from downriver.data.condition.prompt_template import PromptTemplate as PromptTemplate
+    from downriver.data.condition.prompt_template import k_shot as k_shot
     from downriver.data.documents import read_documents as read_documents
     from downriver.data.documents import write_documents as write_documents
     from downriver.data.mix.propose import Mixture as Mixture
@@ -32,18 +34,22 @@ if TYPE_CHECKING:
     from downriver.data.score.table import ScoreTable as ScoreTable
     from downriver.data.select.curate import Curator as Curator
     from downriver.data.select.curate import TaskBalance as TaskBalance
+    from downriver.data.synth.context import ContextMixer as ContextMixer
+    from downriver.data.synth.context import counterfactual as counterfactual
     from downriver.data.synth.failure import FailureExplorer as FailureExplorer
     from downriver.data.synth.failure import FewShotPrompt as FewShotPrompt
     from downriver.data.synth.failure import improve as improve
     from downriver.data.synth.failure import warm_up as warm_up
 
-METHODS: dict[str, str] = {}
+METHODS = {"k_shot": "downriver.data.condition.prompt_template:k_shot"}
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    {
+    METHODS
+    | {
         "Annotator": "downriver.data.annotate.magpie:Annotator",
         "ClassifierScorer": "downriver.data.score.classifier:ClassifierScorer",
+        "ContextMixer": "downriver.data.synth.context:ContextMixer",
         "ControlTokens": "downriver.data.condition.control_tokens:ControlTokens",
         "CrossValidation": "downriver.data.mix.regress:CrossValidation",
         "Curator": "downriver.data.select.curate:Curator",
@@ -58,6 +64,7 @@ __getattr__, __dir__, __all__ = attach(
         "MixtureRegressor": "downriver.data.mix.regress:MixtureRegressor",
         "MixtureSpace": "downriver.data.mix.space:MixtureSpace",
         "Packer": "downriver.data.condition.pack:Packer",
+        "PromptTemplate": "downriver.data.condition.prompt_template:PromptTemplate",
         "PycodestyleScorer": "downriver.data.score.lint:PycodestyleScorer",
         "RegexPIIScorer": "downriver.data.score.lint:RegexPIIScorer",
         "RubricScorer": "downriver.data.score.rubric:RubricScorer",
@@ -66,6 +73,7 @@ __getattr__, __dir__, __all__ = attach(
         "TaskBalance": "downriver.data.select.curate:TaskBalance",
         "TaskMixture": "downriver.data.mix.tasks:TaskMixture",
         "annotate": "downriver.data.condition.annotate:annotate",
+        "counterfactual": "downriver.data.synth.context:counterfactual",
         "encode": "downriver.data.condition.encode:encode",
         "improve": "downriver.data.synth.failure:improve",
         "propose": "downriver.data.mix.propose:propose",

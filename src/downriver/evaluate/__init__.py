@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from downriver.evaluate.collapse import CollapseWarning as CollapseWarning
     from downriver.evaluate.collapse import GuardReport as GuardReport
     from downriver.evaluate.collapse import surrogate_validity as surrogate_validity
+    from downriver.evaluate.context_use import ContextUse as ContextUse
+    from downriver.evaluate.context_use import knowledge_conflict_eval as knowledge_conflict_eval
     from downriver.evaluate.evaluate import evaluate as evaluate
+    from downriver.evaluate.generalization import by_level as by_level
+    from downriver.evaluate.generalization import evaluate_generalization as evaluate_generalization
     from downriver.evaluate.geometry import GeometryReport as GeometryReport
     from downriver.evaluate.geometry import ccgp as ccgp
     from downriver.evaluate.geometry import geometry_report as geometry_report
@@ -34,16 +38,20 @@ __getattr__, __dir__, __all__ = attach(
         "CollapseGuard": "downriver.evaluate.collapse:CollapseGuard",
         "CollapseWarning": "downriver.evaluate.collapse:CollapseWarning",
         "Collapsed": "downriver.evaluate.collapse:Collapsed",
+        "ContextUse": "downriver.evaluate.context_use:ContextUse",
         "GeometryReport": "downriver.evaluate.geometry:GeometryReport",
         "GeometryTask": "downriver.evaluate.geometry_task:GeometryTask",
         "GuardReport": "downriver.evaluate.collapse:GuardReport",
         "PerplexityReport": "downriver.evaluate.perplexity:PerplexityReport",
         "Predictions": "downriver.evaluate.predict:Predictions",
         "SurrogatePerplexity": "downriver.evaluate.perplexity:SurrogatePerplexity",
+        "by_level": "downriver.evaluate.generalization:by_level",
         "ccgp": "downriver.evaluate.geometry:ccgp",
         "evaluate": "downriver.evaluate.evaluate:evaluate",
+        "evaluate_generalization": "downriver.evaluate.generalization:evaluate_generalization",
         "geometry_report": "downriver.evaluate.geometry:geometry_report",
         "half_document_retrieval": "downriver.evaluate.retrieval:half_document_retrieval",
+        "knowledge_conflict_eval": "downriver.evaluate.context_use:knowledge_conflict_eval",
         "layer_features": "downriver.evaluate.layers:layer_features",
         "parallelism_score": "downriver.evaluate.geometry:parallelism_score",
         "participation_ratio": "downriver.evaluate.geometry:participation_ratio",

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from downriver.tasks.columns import from_columns as from_columns
     from downriver.tasks.from_datasets import from_datasets as from_datasets
     from downriver.tasks.from_files import from_files as from_files
+    from downriver.tasks.generalization import InstructionBench as InstructionBench
+    from downriver.tasks.generalization import InstructionTask as InstructionTask
+    from downriver.tasks.generalization import Template as Template
+    from downriver.tasks.generalization import overlap_report as overlap_report
     from downriver.tasks.leakage import LeakageReport as LeakageReport
     from downriver.tasks.leakage import leakage as leakage
     from downriver.tasks.lm_eval import lm_eval as lm_eval
@@ -22,8 +26,11 @@ __getattr__, __dir__, __all__ = attach(
     {
         "CellBalancedSampler": "downriver.tasks.cells:CellBalancedSampler",
         "CellGrid": "downriver.tasks.cells:CellGrid",
+        "InstructionBench": "downriver.tasks.generalization:InstructionBench",
+        "InstructionTask": "downriver.tasks.generalization:InstructionTask",
         "LeakageReport": "downriver.tasks.leakage:LeakageReport",
         "Task": "downriver.tasks.task:Task",
+        "Template": "downriver.tasks.generalization:Template",
         "from_columns": "downriver.tasks.columns:from_columns",
         "from_datasets": "downriver.tasks.from_datasets:from_datasets",
         "from_files": "downriver.tasks.from_files:from_files",
@@ -31,5 +38,6 @@ __getattr__, __dir__, __all__ = attach(
         "lm_eval": "downriver.tasks.lm_eval:lm_eval",
         "load": "downriver.tasks.load:load",
         "names": "downriver.tasks.load:names",
+        "overlap_report": "downriver.tasks.generalization:overlap_report",
     },
 )

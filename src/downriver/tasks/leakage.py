@@ -7,10 +7,8 @@ is reported by chance. Images and table rows are compared exactly, by their pixe
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +18,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from downriver.core.errors import InputError
+from downriver.core.minhash import BANDS, WORD, Prints, jaccard
 from downriver.tasks.task import SPLITS, Task, arrow
 
-BANDS, BAND_ROWS = 16, 5
 MOST_CANDIDATES = 32
-_WORD = re.compile(r"\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +95,7 @@ def leakage(task: Task, *, threshold: float = 0.8, seed: int = 0) -> LeakageRepo
     keys = {split: row_keys(task.rows(split), task.inputs) for split in present}
     prints = {}
     if task.kind.startswith(("text", "language")):
-        prints = {split: _Prints(task.texts(split), seed) for split in present}
+        prints = {split: Prints(task.texts(split), seed) for split in present}
     overlaps = []
     for earlier, later in itertools.combinations(present, 2):
         found = _exact(keys[earlier], keys[later])
@@ -140,55 +137,16 @@ def duplicate_groups(texts: Sequence[str], *, threshold: float = 0.8, seed: int 
     >>> duplicate_groups([a, "a short and honest letter to a good old friend of mine", a + " today"]).tolist()
     [0, 1, 0]
     """
-    prints = _Prints(texts, seed)
+    prints = Prints(texts, seed)
     pairs = _candidates(prints.bands, prints.bands)
     similar = [
         (i, j)
         for i, j in pairs[pairs[:, 0] > pairs[:, 1]]
-        if _jaccard(prints.shingles[i], prints.shingles[j]) >= threshold
+        if jaccard(prints.shingles[i], prints.shingles[j]) >= threshold
     ]
     edges = np.array(similar, dtype=np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(edges.shape[1], dtype=np.int8), (edges[0], edges[1])), shape=(len(texts), len(texts)))
     return connected_components(graph, directed=False)[1]
-
-
-class _Prints:
-    """The shingles (hashes of five-word runs), MinHash signatures and band keys of a list of texts."""
-
-    def __init__(self, texts: Sequence[str], seed: int) -> None:
-        self.shingles = [_shingles(text) for text in texts]
-        count = BANDS * BAND_ROWS
-        rng = np.random.default_rng(seed)
-        a = rng.integers(0, 2**31, size=count, dtype=np.uint32) * np.uint32(2) + np.uint32(
-            1
-        )  # odd: h -> a h + b permutes
-        b = rng.integers(0, 2**32, size=count, dtype=np.uint32)
-        self.signatures = np.empty((len(texts), count), dtype=np.uint32)
-        for start in range(0, len(texts), 1000):
-            part = self.shingles[start : start + 1000]
-            h = np.concatenate(part)
-            offsets = np.cumsum([0, *(len(s) for s in part[:-1])])
-            for k in range(count):
-                self.signatures[start : start + len(part), k] = np.minimum.reduceat(a[k] * h + b[k], offsets)
-        power = rng.integers(0, 2**63, size=BAND_ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self.bands = (self.signatures.reshape(-1, BANDS, BAND_ROWS) * power).sum(axis=2, dtype=np.uint64)
-
-
-def _shingles(text: str) -> np.ndarray:
-    """The set of 32-bit hashes of the text's runs of five words; a shorter text is one run."""
-    words = _WORD.findall(text.casefold())
-    w = np.fromiter((_hash_word(word) for word in words), dtype=np.uint64, count=len(words))
-    n = max(1, len(w) - 4)
-    runs = np.zeros(n, dtype=np.uint64)
-    for k in range(min(5, len(w))):  # Σ_k w_{i+k} B^(5-k), modulo 2^64
-        runs = runs * np.uint64(0x9E3779B97F4A7C15) + w[k : k + n]
-    runs ^= runs >> np.uint64(31)
-    return np.unique(((runs * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)).astype(np.uint32))
-
-
-@functools.lru_cache(maxsize=2**20)
-def _hash_word(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _exact(earlier: np.ndarray, later: np.ndarray) -> np.ndarray:
@@ -198,12 +156,12 @@ def _exact(earlier: np.ndarray, later: np.ndarray) -> np.ndarray:
     return np.where(earlier[order[at]] == later, order[at], -1)
 
 
-def _near(earlier: _Prints, later: _Prints, threshold: float, skip: np.ndarray) -> np.ndarray:
+def _near(earlier: Prints, later: Prints, threshold: float, skip: np.ndarray) -> np.ndarray:
     """For each row of ``later`` a row of ``earlier`` that is at least as similar as the threshold, or -1."""
     pairs = _candidates(earlier.bands, later.bands)
     partner = np.full(len(skip), -1)
     for i, j in pairs[~skip[pairs[:, 0]]]:
-        if partner[i] < 0 and _jaccard(later.shingles[i], earlier.shingles[j]) >= threshold:
+        if partner[i] < 0 and jaccard(later.shingles[i], earlier.shingles[j]) >= threshold:
             partner[i] = j
     return partner
 
@@ -223,16 +181,9 @@ def _candidates(earlier: np.ndarray, later: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate(pairs), axis=0)
 
 
-def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    if min(len(a), len(b)) == 0:
-        return 0.0
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return shared / (len(a) + len(b) - shared)
-
-
 def _pixels(image: Any) -> str:
     return f"{image.mode} {image.size} {image.tobytes().hex()}"
 
 
 def _plain(cell: Any) -> str:
-    return " ".join(_WORD.findall(cell.casefold())) or cell if isinstance(cell, str) else repr(cell)
+    return " ".join(WORD.findall(cell.casefold())) or cell if isinstance(cell, str) else repr(cell)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from downriver.data.condition.pack import document_mask as document_mask
     from downriver.data.condition.pack import isolated as isolated
     from downriver.data.condition.pack import isolates as isolates
+    from downriver.data.condition.prompt_template import PromptTemplate as PromptTemplate
+    from downriver.data.condition.prompt_template import encode_parts as encode_parts
+    from downriver.data.condition.prompt_template import k_shot as k_shot
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -37,6 +40,7 @@ __getattr__, __dir__, __all__ = attach(
         "MetadataFormatter": "downriver.data.condition.metadata:MetadataFormatter",
         "Packer": "downriver.data.condition.pack:Packer",
         "Part": "downriver.data.condition.encode:Part",
+        "PromptTemplate": "downriver.data.condition.prompt_template:PromptTemplate",
         "annotate": "downriver.data.condition.annotate:annotate",
         "condition": "downriver.data.condition.metadata:condition",
         "continue_ids": "downriver.data.condition.generate:continue_ids",
@@ -44,10 +48,12 @@ __getattr__, __dir__, __all__ = attach(
         "document_mask": "downriver.data.condition.pack:document_mask",
         "encode": "downriver.data.condition.encode:encode",
         "encode_all": "downriver.data.condition.encode:encode_all",
+        "encode_parts": "downriver.data.condition.prompt_template:encode_parts",
         "generate": "downriver.data.condition.metadata:generate",
         "host": "downriver.data.condition.metadata:host",
         "isolated": "downriver.data.condition.pack:isolated",
         "isolates": "downriver.data.condition.pack:isolates",
+        "k_shot": "downriver.data.condition.prompt_template:k_shot",
         "keep_aligned": "downriver.data.condition.annotate:keep_aligned",
         "misalignment_report": "downriver.data.condition.control_tokens:misalignment_report",
         "sample_aligned": "downriver.data.condition.control_tokens:sample_aligned",

@@ -112,7 +112,7 @@ def propose(
         order = np.argsort(objective(drawn), kind="stable")[:top_k]
         weights, spread = drawn[order].mean(axis=0), float(predicted(drawn[order]).std())
     columns = [regressor.domains_.index(name) for name in space.domains]
-    inside = _in_hull(weights, regressor.mixtures_[:, columns])
+    inside = in_hull(weights, regressor.mixtures_[:, columns])
     if not inside:
         warnings.warn(
             "the proposal lies outside the mixtures that were fitted: sample more of that region, or pull it back with"
@@ -183,8 +183,8 @@ def _solve(objective: Any, space: MixtureSpace) -> Array:
     return _fill(np.clip(found.x, 1e-15, None), space)
 
 
-def _in_hull(w: Array, W: Array) -> bool:
-    """Whether w is a convex combination of the rows of W, give or take a twentieth of its mass.
+def in_hull(w: Array, W: Array) -> bool:
+    """Whether w (d,) is a convex combination of the rows of W (n, d), give or take a twentieth of its mass.
 
     In many dimensions a sample's hull is small: of the paper's 512 mixtures of 17 domains one in ten lies farther than
     a tenth of its mass from the hull of the others, and half of them farther than a fortieth.

@@ -7,6 +7,7 @@ exponential law (as Ye et al. 2024, arXiv:2403.16952, fit it), the same with Lig
 process are ours to choose from; ``cross_validate`` says which suits your runs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,8 +21,9 @@ from downriver.core.errors import InputError, require, unknown
 from downriver.core.seeds import derive_seed, generator
 from downriver.data.mix.space import Array, shares
 
-Kind = Literal["lightgbm", "linear", "exp", "exp+lightgbm", "gp"]
+Kind = Literal["lightgbm", "linear", "exp", "exp+lightgbm", "gp", "mlp"]
 FEW = 64  # runs below which trees may have leaves of five
+Function = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class MixtureRegressor(RegressorMixin, BaseEstimator):
     Args:
         kind: ``"lightgbm"`` (the paper's: gradient-boosted trees), ``"linear"`` (its baseline), ``"exp"``
             (``c + exp(k + w·t)``, least squares, a handful of parameters), ``"exp+lightgbm"`` (trees on what the law
-            leaves), ``"gp"`` (a Gaussian process with a length scale a domain).
+            leaves), ``"gp"`` (a Gaussian process with a length scale a domain), ``"mlp"`` (DaMo's network, all
+            targets together: a run that lacks one is left out).
         trees: at most so many trees; ``learning_rate`` of each. 1000 and 0.01 are the paper's.
         seed: of the trees (42 in the paper's code).
 
@@ -74,7 +77,7 @@ class MixtureRegressor(RegressorMixin, BaseEstimator):
         if self.kind not in get_args(Kind):
             raise unknown("kind of regressor", self.kind, get_args(Kind))
         rows, self.domains_ = shares(W)
-        values, self.targets_ = _targets(losses, len(rows))
+        values, self.targets_ = targets(losses, len(rows))
         self.mixtures_, self.low_, self.high_ = rows, rows.min(axis=0), rows.max(axis=0)
         self.one_dimensional_ = np.ndim(losses) == 1
         known = np.isfinite(values)
@@ -85,14 +88,22 @@ class MixtureRegressor(RegressorMixin, BaseEstimator):
         for name, there in zip(self.targets_, known.T, strict=True):
             if there.sum() < fewest:
                 raise InputError(f"{there.sum()} runs have {name}: {self.kind} needs {fewest} at least")
-        self.models_ = [self._one(rows[there], y[there]) for y, there in zip(values.T, known.T, strict=True)]
+        self.models_ = self.functions(rows, values)
         return self
+
+    def functions(self, X: Array, Y: Array) -> list[Function]:
+        """Fit any features X (n, d) to Y (n, k): functions (m, d) → (m,), one a target (→ (m, k), one, for ``mlp``)."""
+        known = np.isfinite(Y)
+        if self.kind == "mlp":
+            whole = known.all(axis=1)
+            return [_network(X[whole], Y[whole], self.seed)]
+        return [self._one(X[there], y[there]) for y, there in zip(Y.T, known.T, strict=True)]
 
     def predict(self, W: Any) -> Array:
         """Predictions for mixtures (m, d): (m, k), or (m,) where the fitted losses were one column."""
         check_is_fitted(self)
         rows, _ = shares(W, self.domains_)
-        found = np.column_stack([model(rows) for model in self.models_])
+        found = np.column_stack([model(rows) for model in self.models_])  # (m, k)
         return found[:, 0] if self.one_dimensional_ else found
 
     def law(self, target: str | int = 0) -> dict[str, float]:
@@ -118,7 +129,7 @@ class MixtureRegressor(RegressorMixin, BaseEstimator):
         the same mixture are one group (a table with several rows a run would otherwise leak its own answers).
         """
         rows, domains = shares(W)
-        values, targets = _targets(losses, len(rows))
+        values, names = targets(losses, len(rows))
         if groups is None:
             member = np.unique(np.round(rows, 9), axis=0, return_inverse=True)[1].ravel()
         else:
@@ -134,12 +145,12 @@ class MixtureRegressor(RegressorMixin, BaseEstimator):
             named = {name: rows[fold != k, i] for i, name in enumerate(domains)}
             fitted = clone(self).fit(named, values[fold != k])
             predicted[fold == k] = fitted.predict({name: rows[fold == k, i] for i, name in enumerate(domains)})
-        rho, mse = np.empty(len(targets)), np.empty(len(targets))
+        rho, mse = np.empty(len(names)), np.empty(len(names))
         for j, (truth, guess) in enumerate(zip(values.T, predicted.T, strict=True)):
             known = np.isfinite(truth)
             rho[j] = spearmanr(truth[known], guess[known]).statistic
             mse[j] = ((truth - guess)[known] ** 2).mean()
-        return CrossValidation(targets, rho, mse, predicted, folds, count)
+        return CrossValidation(names, rho, mse, predicted, folds, count)
 
     def _one(self, W: Array, y: Array) -> Any:
         match self.kind:
@@ -217,7 +228,27 @@ def _gaussian_process(W: Array, y: Array, seed: int) -> Any:
         return fitted.fit(W, y).predict
 
 
-def _targets(losses: Any, n: int) -> tuple[Array, tuple[str, ...]]:
+def _network(X: Array, Y: Array, seed: int) -> Any:
+    """As the code of DaMo (arXiv:2510.19336) has it, with targets as they are."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPRegressor
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1500 steps are what is asked for
+        fitted = MLPRegressor(hidden_layer_sizes=(100, 100), max_iter=1500, tol=1e-6, random_state=seed).fit(
+            X, Y[:, 0] if Y.shape[1] == 1 else Y
+        )
+    return lambda V: fitted.predict(V).reshape(len(V), -1)
+
+
+def targets(losses: Any, n: int) -> tuple[Array, tuple[str, ...]]:
+    """Losses or scores as an array (n, k), NaN where one is missing, and their names.
+
+    >>> targets({"loss": [2.0, 1.5]}, 2)[1]
+    ('loss',)
+    """
     columns = list(losses) if isinstance(losses, dict) else getattr(losses, "columns", None)
     if columns is not None:
         names = tuple(map(str, columns))

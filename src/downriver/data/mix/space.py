@@ -162,11 +162,13 @@ def dirichlet(space: MixtureSpace, n: int, strength: float, rng: np.random.Gener
     return np.concatenate(found)[:n]
 
 
-def shares(W: Any, domains: Sequence[str] | None = None, name: str = "mixtures") -> tuple[Array, tuple[str, ...]]:
+def shares(
+    W: Any, domains: Sequence[str] | None = None, name: str = "mixtures", off: float = OFF
+) -> tuple[Array, tuple[str, ...]]:
     """Mixtures as an array (n, d) whose rows sum to 1, and the names of the domains.
 
     ``W`` is an array, or a data frame (polars, or a mapping of columns) whose columns are taken by name: with
-    ``domains`` exactly these are expected, in any order. Rows that sum to 1 within 1e-2 are scaled, with a warning
+    ``domains`` exactly these are expected, in any order. Rows that sum to 1 within ``off`` are scaled, with a warning
     where they are off by more than rounding. Raises ``InputError`` naming the row or the column.
 
     >>> W, names = shares({"code": [0.25, 1.0], "web": [0.75, 0.0]}, ("web", "code"))
@@ -193,13 +195,13 @@ def shares(W: Any, domains: Sequence[str] | None = None, name: str = "mixtures")
             f"{name}, row {row + 1}, domain {names[column]!r}: {rows[row, column]} where a share is expected"
         )
     total = rows.sum(axis=1)
-    off = np.abs(total - 1)
-    if off.max() > OFF:
-        row = int(off.argmax())
+    far = np.abs(total - 1)
+    if far.max() > off:
+        row = int(far.argmax())
         raise InputError(f"{name}, row {row + 1} sums to {total[row]:.4g}: shares that sum to 1 are expected")
-    if off.max() > 1e-6:
+    if far.max() > 1e-6:
         warnings.warn(
-            f"{name}: {int((off > 1e-6).sum())} rows do not sum to 1 (off by {off.max():.1e} at most): scaled",
+            f"{name}: {int((far > 1e-6).sum())} rows do not sum to 1 (off by {far.max():.1e} at most): scaled",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,10 +1,13 @@
-"""Make data: queries on which a model fails, judged, paired and answered."""
+"""Make data: queries on which a model fails, judged, paired and answered; contexts that contradict its memory."""
 
 from typing import TYPE_CHECKING
 
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.data.synth.context import ContextMixer as ContextMixer
+    from downriver.data.synth.context import ContextPrompt as ContextPrompt
+    from downriver.data.synth.context import counterfactual as counterfactual
     from downriver.data.synth.diversity import near_duplicates as near_duplicates
     from downriver.data.synth.diversity import self_bleu as self_bleu
     from downriver.data.synth.dpo import dpo as dpo
@@ -26,7 +29,8 @@ _HERE = "downriver.data.synth"
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    {name: f"{_HERE}.diversity:{name}" for name in ("near_duplicates", "self_bleu")}
+    {name: f"{_HERE}.context:{name}" for name in ("ContextMixer", "ContextPrompt", "counterfactual")}
+    | {name: f"{_HERE}.diversity:{name}" for name in ("near_duplicates", "self_bleu")}
     | {name: f"{_HERE}.dpo:{name}" for name in ("dpo", "sft")}
     | {
         name: f"{_HERE}.failure:{name}"

@@ -13,6 +13,7 @@ published runs, drawn anew by each seed, and ranks the 256 held out.
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +123,9 @@ def reproduction(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
         ]
 
     for kind in REGRESSORS:
-        yield Arm(kind, lambda kind=kind: ranked(kind))
+        yield Arm(kind, partial(ranked, kind))
     for name in ("proposed", "natural", "uniform", "median"):
-        yield Arm(name, lambda name=name: trained(name))
+        yield Arm(name, partial(trained, name))
 
 
 def target(losses: Mapping[str, float]) -> float:
@@ -158,7 +159,7 @@ def public(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
         return [Measurement("rho", float(rho))]
 
     for kind in REGRESSORS:
-        yield Arm(kind, lambda kind=kind: ranked(kind))
+        yield Arm(kind, partial(ranked, kind))
 
 
 def _data() -> Path | None:

@@ -244,7 +244,7 @@ def general_texts() -> list[str]:
 @functools.cache
 def functions(every: int) -> list[Function]:
     """The documented functions and classes of one file in ``every``, tests aside."""
-    found = []
+    found: list[Function] = []
     for name in LIBRARIES:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
