@@ -91,3 +91,22 @@ def test_bad_input_is_one_error(tables: Path, change: dict[str, str], arguments:
     paths = [str(tables / "mixtures.csv"), str(tables / "outcomes.csv"), "--predict", str(tables / "new.csv")]
     found = CliRunner().invoke(app, ["data", "mix", "fit", *paths, *arguments, "--model", "linear", "--folds", "2"])
     assert isinstance(found.exception, InputError) and message in str(found.exception), found.exception
+
+
+def test_the_sweep_from_a_folder_to_a_verified_proposal(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, words in (("river", "a b c d e"), ("road", "a b f g h"), ("noise", "x y z u v")):
+        lines = [json.dumps({"text": " ".join(rng.choice(words.split(), 20))}) for _ in range(40)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    arguments = ["sweep", folder, "--out", tmp_path / "out", "--runs", 20, "--model", "exp", "--target", "river"]
+    found = run(*arguments, "--verify", "ngram")
+    assert found["weights"]["river"] > 0.5 > found["weights"]["noise"] and found["targets"] == ["river"]
+    measured = {row["mixture"]: row["loss"] for row in found["verified"]}
+    assert measured["proposed"] < min(measured["natural"], measured["uniform"], measured["median sampled"])
+    assert run("fit", *(tmp_path / "out" / f"{n}.csv" for n in ("mixtures", "outcomes")), "--target", "target")["runs"]
+    (folder / "road.jsonl").open("a").write("\n{broken")
+    again = CliRunner().invoke(app, ["data", "mix", *map(str, arguments), "--verify", "ngram"])
+    assert again.exit_code == 1 and "road.jsonl, record 41" in again.output
+    assert "measured loss of proposed" in again.output and "better" in again.output.lower()

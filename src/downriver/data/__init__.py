@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from downriver.data.condition.prompt_template import k_shot as k_shot
     from downriver.data.documents import read_documents as read_documents
     from downriver.data.documents import write_documents as write_documents
+    from downriver.data.mix.batch import BatchMixtureSampler as BatchMixtureSampler
+    from downriver.data.mix.batch import BatchMixtureSpace as BatchMixtureSpace
+    from downriver.data.mix.damo import DaMo as DaMo
     from downriver.data.mix.propose import Mixture as Mixture
     from downriver.data.mix.propose import propose as propose
     from downriver.data.mix.regress import CrossValidation as CrossValidation
     from downriver.data.mix.regress import MixtureRegressor as MixtureRegressor
+    from downriver.data.mix.sampler import MixtureSampler as MixtureSampler
+    from downriver.data.mix.sampler import MixtureStream as MixtureStream
     from downriver.data.mix.space import MixtureSpace as MixtureSpace
     from downriver.data.mix.space import sample_mixtures as sample_mixtures
     from downriver.data.mix.tasks import TaskMixture as TaskMixture
@@ -48,12 +53,15 @@ __getattr__, __dir__, __all__ = attach(
     METHODS
     | {
         "Annotator": "downriver.data.annotate.magpie:Annotator",
+        "BatchMixtureSampler": "downriver.data.mix.batch:BatchMixtureSampler",
+        "BatchMixtureSpace": "downriver.data.mix.batch:BatchMixtureSpace",
         "ClassifierScorer": "downriver.data.score.classifier:ClassifierScorer",
         "ContextMixer": "downriver.data.synth.context:ContextMixer",
         "ControlTokens": "downriver.data.condition.control_tokens:ControlTokens",
         "CrossValidation": "downriver.data.mix.regress:CrossValidation",
         "Curator": "downriver.data.select.curate:Curator",
         "DSIRScorer": "downriver.data.score.dsir:DSIRScorer",
+        "DaMo": "downriver.data.mix.damo:DaMo",
         "FailureExplorer": "downriver.data.synth.failure:FailureExplorer",
         "FewShotPrompt": "downriver.data.synth.failure:FewShotPrompt",
         "HeuristicAnnotator": "downriver.data.annotate.magpie:HeuristicAnnotator",
@@ -62,7 +70,9 @@ __getattr__, __dir__, __all__ = attach(
         "MetadataFormatter": "downriver.data.condition.metadata:MetadataFormatter",
         "Mixture": "downriver.data.mix.propose:Mixture",
         "MixtureRegressor": "downriver.data.mix.regress:MixtureRegressor",
+        "MixtureSampler": "downriver.data.mix.sampler:MixtureSampler",
         "MixtureSpace": "downriver.data.mix.space:MixtureSpace",
+        "MixtureStream": "downriver.data.mix.sampler:MixtureStream",
         "Packer": "downriver.data.condition.pack:Packer",
         "PromptTemplate": "downriver.data.condition.prompt_template:PromptTemplate",
         "PycodestyleScorer": "downriver.data.score.lint:PycodestyleScorer",

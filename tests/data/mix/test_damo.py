@@ -89,7 +89,8 @@ def test_the_proposal_is_the_best_of_the_whole_list():
     assert (
         found[0].weights["chat"] == 0 and found[0].weights["web"] == 0.1875
     )  # of -30 (w - 1/2)² + 20 (1 - w): a sixth
-    assert found[0].spread == 0 and found[0].inside
+    assert found[0].spread == 0 and not found[0].inside
+    assert damo.propose(space, None, {"chat": (0.25, 1), "web": (0.25, 1)}, top=1)[0].inside
     assert found[0].alternatives["equal shares"] < found[0].predicted
     assert any(name.startswith("only ") for name in found[0].alternatives)
     true = np.mean(list(SCORES.values()), axis=0)

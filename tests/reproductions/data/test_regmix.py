@@ -22,6 +22,7 @@ def test_paper_and_claims():
         dataclasses.replace(module.reproduction, scale="huge").arms()
 
 
+@pytest.mark.slow
 def test_it_runs_at_tiny_scale(tmp_path, asset):
     for name in ("dict-gcide", "linux-doc", "spam-assassin", "python-doc", "metamath", "fortunes"):
         asset(name)

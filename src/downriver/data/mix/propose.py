@@ -120,8 +120,8 @@ def propose(
             RuntimeWarning,
             stacklevel=2,
         )
-    baselines = _baselines(space)
-    values = dict(zip(baselines, map(float, predicted(np.array(list(baselines.values())))), strict=True))
+    obvious = baselines(space)
+    values = dict(zip(obvious, map(float, predicted(np.array(list(obvious.values())))), strict=True))
     single = (min if sign > 0 else max)((k for k in values if k.startswith("only ")), key=lambda k: values[k])
     return Mixture(
         space.named(weights),
@@ -148,8 +148,12 @@ def _weights(regressor: MixtureRegressor, target: str | Mapping[str, float] | No
     return share
 
 
-def _baselines(space: MixtureSpace) -> dict[str, Array]:
-    """The natural mixture, equal shares, and each domain alone, all cut to the caps."""
+def baselines(space: MixtureSpace) -> dict[str, Array]:
+    """The natural mixture, equal shares, and each domain alone (``only a``), (d,) each, all cut to the caps.
+
+    >>> {name: w.round(2).tolist() for name, w in baselines(MixtureSpace(("a", "b"), (0.9, 0.1), 2)).items()}
+    {'natural': [0.9, 0.1], 'equal shares': [0.8, 0.2], 'only a': [1.0, 0.0], 'only b': [0.8, 0.2]}
+    """
     found = {"natural": _fill(space.prior, space), "equal shares": _fill(np.ones(len(space.domains)), space)}
     for i, name in enumerate(space.domains):
         alone = np.full(len(space.domains), 1e-12)
