@@ -107,6 +107,51 @@ def test_workers_share_the_visits():
     assert sorted(shared) == alone
 
 
+def test_processes_share_the_visits():
+    sampler, sources = stream().sampler, stream().sources
+    parts = [MixtureStream(sources, sampler, 121, part=(rank, 3)) for rank in range(3)]
+    whole, rows = list(stream(121)), [list(part) for part in parts]
+    assert [len(some) for some in rows] == [41, 40, 40]
+    assert rows == [whole[rank::3] for rank in range(3)]
+    loaded = [row for part in parts for batch in DataLoader(part, batch_size=8, num_workers=2) for row in batch]
+    assert sorted(loaded) == sorted(whole)
+    with pytest.raises(InputError, match=r"part is \(3, 3\)"):
+        MixtureStream(sources, sampler, part=(3, 3))
+
+
+def test_a_trainer_takes_the_stream_and_resumes_exactly(tmp_path):
+    """Interrupted after four of eight steps and continued from its checkpoint, transformers' Trainer ends the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    seen: list[list[int]] = []
+
+    def collate(rows):
+        seen.append([row[0] for row in rows])
+        ids = torch.tensor(rows)
+        return {"input_ids": ids, "labels": ids}
+
+    def train(folder, steps, resume=None):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+        settings = TrainingArguments(
+            str(folder), max_steps=steps, per_device_train_batch_size=4, save_steps=4, report_to=[], use_cpu=True,
+            disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", dataloader_num_workers=0,
+        )  # fmt: skip
+        sources = {"a": [[i, 1, 2] for i in range(20)], "b": [[20 + i, 3, 4] for i in range(5)]}
+        data = MixtureStream(sources, MixtureSampler({"a": 20, "b": 5}, {"a": 3, "b": 1}, period=4, seed=2))
+        trainer = Trainer(LlamaForCausalLM(config), settings, train_dataset=data, data_collator=collate)
+        trainer.train(resume_from_checkpoint=resume)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    whole = train(tmp_path / "whole", 8)
+    assert all(sum(row >= 20 for row in batch) == 1 for batch in seen)
+    train(tmp_path / "cut", 4)
+    resumed = train(tmp_path / "cut", 8, str(tmp_path / "cut" / "checkpoint-4"))
+    assert torch.equal(whole, resumed)
+
+
 def test_the_state_survives_a_trainers_checkpoint(tmp_path):
     first = stream()
     rows = iter(first)

@@ -167,11 +167,14 @@ class MixtureStream(torch.utils.data.IterableDataset):
     Args:
         sources: indexable rows (lists, ``datasets.Dataset``) by name, in the order of the sampler's.
         sampler: which row comes when.
-        visits: how many rows altogether, on all machines; ``None``: without end.
+        visits: how many rows altogether, of all parts; ``None``: without end.
+        part: which part of the visits this process takes, and of how many: ``(rank, world_size)`` in a loop of your
+            own. The default, all of them, is right for ``transformers.Trainer`` and accelerate, which share out the
+            rows of one stream among the processes themselves.
 
-    Under several processes, and several workers of a ``DataLoader``, each takes its own visits of the one order.
-    ``state_dict`` says how many rows this process has given (set ``num_workers`` to 0 or 1 to resume exactly);
-    ``load_state_dict`` continues there.
+    Several workers of a ``DataLoader`` share their process' visits. ``state_dict`` says how many rows this process has
+    given (set ``num_workers`` to 0 to resume exactly); ``load_state_dict`` continues there. Raises ``InputError`` for
+    sources that are not the sampler's, and a part that is none.
 
     >>> sampler = MixtureSampler({"a": 2, "b": 1}, {"a": 1, "b": 1}, period=2)
     >>> stream = MixtureStream({"a": ["a0", "a1"], "b": ["b0"]}, sampler, visits=4)
@@ -180,16 +183,25 @@ class MixtureStream(torch.utils.data.IterableDataset):
     """
 
     def __init__(
-        self, sources: Mapping[str, Sequence[Any]], sampler: MixtureSampler, visits: int | None = None
+        self,
+        sources: Mapping[str, Sequence[Any]],
+        sampler: MixtureSampler,
+        visits: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
+        if not 0 <= part[0] < part[1]:
+            raise InputError(f"part is {part}: the number of a process, from 0, and how many there are, are expected")
         for name, size in zip(sampler.names, sampler.sizes, strict=True):
             if name not in sources or len(sources[name]) != size:
                 there = len(sources[name]) if name in sources else "no"
                 raise InputError(f"source {name!r} has {there} rows and the sampler knows {size}")
-        self.sources, self.sampler, self.visits, self.given = sources, sampler, visits, 0
+        self.sources, self.sampler, self.visits, self.part, self.given = sources, sampler, visits, part, 0
 
     def __iter__(self) -> Iterator[Any]:
-        share, number = _share()
+        worker = torch.utils.data.get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        rank, ranks = self.part
+        share, number = ranks * workers, rank * workers + own
         while self.visits is None or self.given * share + number < self.visits:
             visit = self.given * share + number
             source, place = self.sampler.source(visit)
@@ -253,12 +265,3 @@ class _Phase:
             if len(self._layouts) > KEPT:
                 self._layouts.popitem(last=False)
         return self._layouts[number]
-
-
-def _share() -> tuple[int, int]:
-    """Among how many readers the visits are shared, and the number of this one."""
-    worker = torch.utils.data.get_worker_info()
-    workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    ranks, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if ready else (1, 0)
-    return ranks * workers, rank * workers + own
