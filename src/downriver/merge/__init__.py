@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from downriver.merge.method import Method as Method
     from downriver.merge.report import MergeReport as MergeReport
     from downriver.merge.search import search_lambda as search_lambda
-    from downriver.merge.select import kth_magnitude as kth_magnitude
-    from downriver.merge.select import quantile as quantile
+    from downriver.nn.select import kth_magnitude as kth_magnitude
+    from downriver.nn.select import quantile as quantile
     from downriver.merge.stores import open_store as open_store
     from downriver.merge.task_arithmetic import TaskArithmetic as TaskArithmetic
     from downriver.merge.task_arithmetic import task_arithmetic as task_arithmetic
@@ -38,10 +38,10 @@ __getattr__, __dir__, __all__ = attach(
         "TaskArithmetic": "downriver.merge.task_arithmetic:TaskArithmetic",
         "Ties": "downriver.merge.ties:Ties",
         "conflicts": "downriver.merge.inspect:conflicts",
-        "kth_magnitude": "downriver.merge.select:kth_magnitude",
+        "kth_magnitude": "downriver.nn.select:kth_magnitude",
         "merge": "downriver.merge.engine:merge",
         "open_store": "downriver.merge.stores:open_store",
-        "quantile": "downriver.merge.select:quantile",
+        "quantile": "downriver.nn.select:quantile",
         "read_mergekit": "downriver.merge.mergekit:read_mergekit",
         "search_lambda": "downriver.merge.search:search_lambda",
     },

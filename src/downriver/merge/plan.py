@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from downriver.core.errors import InputError, unknown
 from downriver.merge.method import Known, Method, Tally, square, task_vector
 from downriver.merge.report import total as total_of
-from downriver.merge.select import THREE_PASSES, TWO_PASSES, RadixSelect, hold_pages
+from downriver.nn.select import THREE_PASSES, TWO_PASSES, RadixSelect, hold_pages
 from downriver.merge.stores import Source, Store, equal, open_store
 
 MAX_BYTES = 2**30

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from downriver.core.errors import InputError
 from downriver.merge import kth_magnitude, quantile
-from downriver.merge.select import THREE_PASSES, TWO_PASSES, RadixSelect
+from downriver.nn.select import THREE_PASSES, TWO_PASSES, RadixSelect
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, 1.0, -1.0, 3.4028235e38, math.inf, -math.inf]
 NUMBERS = st.one_of(st.sampled_from(SPECIAL), st.floats(width=32, allow_nan=False))
