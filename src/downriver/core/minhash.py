@@ -1,4 +1,4 @@
-"""Texts as sets of hashed word runs: shingles, MinHash signatures in bands, candidate pairs, true similarity.
+"""Texts as sets of hashed runs of words or characters: shingles, MinHash signatures in bands, true similarity.
 
 Reach for it to find near duplicates (Broder 1997, "On the resemblance and containment of documents"; Leskovec,
 Rajaraman and Ullman, "Mining of massive datasets", chapter 3). Two texts of similarity s share a band with
@@ -8,7 +8,8 @@ probability 1 - (1 - s**5)**16; whoever reports a pair checks it by ``jaccard`` 
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,7 +21,8 @@ class Prints:
     """Of a list of texts the shingles (a set of 32-bit hashes of five-word runs each) and the keys of their bands.
 
     ``bands`` is (n, 16), 64 bits each; equal keys mean equal signatures in that band. They depend on ``seed`` and the
-    text alone, so that texts may be read in portions.
+    text alone, so that texts may be read in portions. For short texts give another set ``of`` each text
+    (``character_shingles``), and the number of ``bands`` and of signatures a band, ``rows``.
 
     >>> words = "the river runs to the sea and the sea runs to the shore where all the rivers end"
     >>> prints = Prints([words, words.upper(), "nothing of the kind"], seed=0)
@@ -28,9 +30,16 @@ class Prints:
     (True, False)
     """
 
-    def __init__(self, texts: Sequence[str], seed: int = 0) -> None:
-        self.shingles = [shingles(text) for text in texts]
-        count = BANDS * BAND_ROWS
+    def __init__(
+        self,
+        texts: Sequence[str],
+        seed: int = 0,
+        of: Callable[[str], np.ndarray] | None = None,
+        bands: int = BANDS,
+        rows: int = BAND_ROWS,
+    ) -> None:
+        self.shingles = [(of or shingles)(text) for text in texts]
+        count = bands * rows
         rng = np.random.default_rng(seed)
         a = rng.integers(0, 2**31, size=count, dtype=np.uint32) * np.uint32(2) + np.uint32(
             1
@@ -43,8 +52,8 @@ class Prints:
             offsets = np.cumsum([0, *(len(s) for s in part[:-1])])
             for k in range(count):
                 self.signatures[start : start + len(part), k] = np.minimum.reduceat(a[k] * h + b[k], offsets)
-        power = rng.integers(0, 2**63, size=BAND_ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self.bands = (self.signatures.reshape(-1, BANDS, BAND_ROWS) * power).sum(axis=2, dtype=np.uint64)
+        power = rng.integers(0, 2**63, size=rows, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self.bands = (self.signatures.reshape(-1, bands, rows) * power).sum(axis=2, dtype=np.uint64)
 
 
 def word_runs(text: str, size: int, *, short: bool = True) -> np.ndarray:
@@ -72,6 +81,17 @@ def shingles(text: str) -> np.ndarray:
     (2, 1)
     """
     return np.unique((word_runs(text, 5) >> np.uint64(32)).astype(np.uint32))
+
+
+def character_shingles(text: str, size: int = 4) -> np.ndarray:
+    """The set of 32-bit hashes of the text's runs of ``size`` characters (lower case, single spaces), ascending.
+
+    >>> len(character_shingles("A  river")), len(character_shingles("a"))
+    (4, 1)
+    """
+    text = " ".join(text.lower().split())
+    runs = {text[i : i + size] for i in range(max(1, len(text) - size + 1))}
+    return np.unique(np.fromiter((zlib.crc32(run.encode("utf-8", "surrogatepass")) for run in runs), dtype=np.uint32))
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:

@@ -5,17 +5,15 @@ Reach for it to watch a generator for collapse. Zhu et al. (2018), «Texygen», 
 
 import collections
 import re
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from downriver.core.errors import InputError
+from downriver.core.minhash import Prints, character_shingles, jaccard
 
-SHINGLE = 4  # characters
-PERMUTATIONS, BANDS = 128, 32  # a pair of similarity .78 shares no band with probability 4e-7
-PRIME = np.uint64(2**31 - 1)
+BANDS, BAND_ROWS = 32, 4  # a pair of similarity .78 shares no band with probability 4e-7
 
 
 def self_bleu(texts: Sequence[str], orders: Sequence[int] = (2, 3, 4, 5)) -> float:
@@ -72,17 +70,16 @@ def near_duplicates(texts: Sequence[str], seen: Sequence[str] = (), threshold: f
     """
     if not 0 < threshold <= 1:
         raise InputError(f"threshold is {threshold}: a similarity above 0 and up to 1 is expected")
-    everything = [*seen, *texts]
-    sets = [_shingles(text) for text in everything]
-    signatures = _signatures(sets).reshape(len(sets), BANDS, PERMUTATIONS // BANDS)
-    buckets: dict[tuple[int, bytes], list[int]] = {}
+    if not (everything := [*seen, *texts]):
+        return np.zeros(0, dtype=bool)
+    prints = Prints(everything, of=character_shingles, bands=BANDS, rows=BAND_ROWS)
+    buckets: dict[tuple[int, int], list[int]] = {}
     found = np.zeros(len(everything), dtype=bool)
-    for i, (mine, bands) in enumerate(zip(sets, signatures, strict=True)):
-        keys = [(band, values.tobytes()) for band, values in enumerate(bands)]
-        near = {j for key in keys for j in buckets.get(key, ())}
-        found[i] = i >= len(seen) and any(len(mine & sets[j]) >= threshold * len(mine | sets[j]) for j in near)
+    for i, (mine, bands) in enumerate(zip(prints.shingles, prints.bands.tolist(), strict=True)):
+        near = {j for key in enumerate(bands) for j in buckets.get(key, ())}
+        found[i] = i >= len(seen) and any(jaccard(mine, prints.shingles[j]) >= threshold for j in near)
         if not found[i]:
-            for key in keys:
+            for key in enumerate(bands):
                 buckets.setdefault(key, []).append(i)
     return found[len(seen) :]
 
@@ -98,19 +95,3 @@ def ngram_vectors(texts: Sequence[str]) -> Any:
     return HashingVectorizer(analyzer="char", ngram_range=(2, 4), n_features=4096, alternate_sign=False).transform(
         texts
     )
-
-
-def _shingles(text: str) -> frozenset[int]:
-    text = " ".join(text.lower().split())
-    return frozenset(zlib.crc32(text[i : i + SHINGLE].encode()) for i in range(max(1, len(text) - SHINGLE + 1)))
-
-
-def _signatures(sets: Sequence[frozenset[int]]) -> np.ndarray:
-    """Per set and permutation the least value of (a x + b) mod p, (n, 128) uint32."""
-    rng = np.random.default_rng(1)
-    a, b = (rng.integers(1, int(PRIME), PERMUTATIONS, dtype=np.uint64) for _ in range(2))
-    out = np.empty((len(sets), PERMUTATIONS), dtype=np.uint32)
-    for i, values in enumerate(sets):
-        x = np.fromiter(values, dtype=np.uint64, count=len(values)) % PRIME
-        out[i] = ((x[:, None] * a + b) % PRIME).min(axis=0)
-    return out
