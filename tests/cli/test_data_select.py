@@ -34,3 +34,18 @@ def test_from_scores_to_shards(tmp_path):
             ["select", str(tmp_path / "in"), "-t", str(tmp_path / "table"), "--by", "sparkle", "-k", "5", *files],
             catch_exceptions=False,
         )
+
+
+def test_quotas_by_group(tmp_path):
+    rows = [{"id": f"d{i:02d}", "text": " ".join(["word"] * (i + 1))} for i in range(30)]
+    write_documents(tmp_path / "in", rows, like="jsonl", shard_rows=10)
+    table = ScoreTable(tmp_path / "table")
+    table.add("rules", RuleScorer.redpajama(), tmp_path / "in", executor="serial", progress=False)
+    first, second, _ = sorted(set(table.frame(["rules_word_count"]).collect()["shard"]))
+    asked = ["select", str(tmp_path / "in"), "-t", str(tmp_path / "table"), "--by", "rules_word_count", "--json"]
+    quotas = ["--per-group", "shard", "--quota", f"{first}=2", "--quota", f"{second}=1"]
+    found = CliRunner().invoke(app, [*asked, *quotas, "-o", str(tmp_path / "out")], catch_exceptions=False)
+    assert json.loads(found.stdout)["chosen"] == 3
+    assert [d["id"] for d in read_documents(tmp_path / "out")] == ["d08", "d09", "d19"]
+    with pytest.raises(InputError, match="--quota 'x': GROUP=N"):
+        CliRunner().invoke(app, [*asked, "--quota", "x", "-o", str(tmp_path / "o")], catch_exceptions=False)

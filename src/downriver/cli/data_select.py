@@ -22,6 +22,12 @@ def select(
     tau: Annotated[float | None, typer.Option(help="One document of so many.")] = None,
     budget_tokens: Annotated[float | None, typer.Option(help="So many tokens, of the column --tokens.")] = None,
     quantile: Annotated[float | None, typer.Option(help="All from this quantile of the scores on.")] = None,
+    per_group: Annotated[
+        str | None, typer.Option(help="Spend the budget in each group of this column, such as shard.")
+    ] = None,
+    quota: Annotated[
+        list[str] | None, typer.Option(help="So many documents of one group, GROUP=N; again for every group.")
+    ] = None,
     tokens: Annotated[str, typer.Option(help="The column with the tokens of a document.")] = "tokens",
     dedup: Annotated[bool, typer.Option("--dedup", help="Drop copies and near copies first.")] = False,
     similarity: Annotated[float, typer.Option(help="From which similarity on two texts are near copies.")] = 0.8,
@@ -51,6 +57,8 @@ def select(
         tau=tau,
         budget_tokens=budget_tokens,
         quantile=quantile,
+        quotas=_quotas(quota) if quota else None,
+        per_group=per_group,
         tokens=tokens,
         drop=copies,
         seed=seed,
@@ -72,3 +80,14 @@ def select(
     typer.echo(f"{len(chosen.indices):,} of {len(chosen.scores):,} documents in {len(paths)} files: {out}")
     for reason, number in sorted(kinds.items()):
         typer.echo(f"{number:>12,}  {reason}")
+
+
+def _quotas(given: list[str]) -> dict[str, int]:
+    """Documents by group from ``GROUP=N``."""
+    found: dict[str, int] = {}
+    for text in given:
+        group, sign, number = text.rpartition("=")
+        if not sign or not number.isdecimal() or group in found:
+            raise InputError(f"--quota {text!r}: GROUP=N with a whole number is expected, once a group")
+        found[group] = int(number)
+    return found
