@@ -25,6 +25,7 @@ def test_paper_and_claims():
     ]
 
 
+@pytest.mark.slow
 def test_it_runs_at_tiny_scale(tmp_path, asset):
     asset("20newsgroups")
     world, again = module.World(0, 400, 60, 30), module.World(0, 400, 60, 30)

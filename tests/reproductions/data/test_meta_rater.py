@@ -33,6 +33,7 @@ def test_the_proxy_is_the_formula():
     assert proxy.loss(np.array([0])) > proxy.loss(np.array([0, 1]))  # b c was not seen
 
 
+@pytest.mark.slow
 def test_it_runs_at_tiny_scale(tmp_path, asset):
     asset("20newsgroups"), asset("reuters-r8")
     world = module.World(0, 120, 50, 30, 80, 60)

@@ -40,6 +40,7 @@ def test_sums():
     assert module.valid(["1+2=", "12+34", "12+34=5"]) == [False] * 3
 
 
+@pytest.mark.slow
 def test_it_runs_at_tiny_scale(tmp_path):
     tiny = dataclasses.replace(module.reproduction, scale="tiny")
     result = tiny.run(tmp_path, executor="serial", seeds=1, progress=False)

@@ -38,6 +38,7 @@ def test_the_articles(asset):
     assert all(len(ids) == 1 for ids in module.TEMPLATE.label_ids(module.tokenizer()))
 
 
+@pytest.mark.slow
 def test_it_runs_at_tiny_scale(tmp_path, asset):
     asset("reuters-r8")
     asset("20newsgroups")
