@@ -7,37 +7,70 @@ from downriver.core.lazy import attach
 if TYPE_CHECKING:
     from downriver.merge.average import Average as Average
     from downriver.merge.average import average as average
+    from downriver.merge.breadcrumbs import Breadcrumbs as Breadcrumbs
+    from downriver.merge.breadcrumbs import breadcrumbs as breadcrumbs
+    from downriver.merge.dare import Dare as Dare
+    from downriver.merge.dare import dare as dare
+    from downriver.merge.della import Della as Della
+    from downriver.merge.della import della as della
     from downriver.merge.engine import merge as merge
+    from downriver.merge.fisher import Fisher as Fisher
+    from downriver.merge.fisher import diagonal_fisher as diagonal_fisher
+    from downriver.merge.fisher import fisher as fisher
     from downriver.merge.inspect import conflicts as conflicts
     from downriver.merge.mergekit import read_mergekit as read_mergekit
     from downriver.merge.method import Method as Method
+    from downriver.merge.model_stock import ModelStock as ModelStock
+    from downriver.merge.model_stock import model_stock as model_stock
     from downriver.merge.report import MergeReport as MergeReport
+    from downriver.merge.sce import Sce as Sce
+    from downriver.merge.sce import sce as sce
     from downriver.merge.search import search_lambda as search_lambda
-    from downriver.nn.select import kth_magnitude as kth_magnitude
-    from downriver.nn.select import quantile as quantile
+    from downriver.merge.slerp import Slerp as Slerp
+    from downriver.merge.slerp import slerp as slerp
     from downriver.merge.stores import open_store as open_store
     from downriver.merge.task_arithmetic import TaskArithmetic as TaskArithmetic
     from downriver.merge.task_arithmetic import task_arithmetic as task_arithmetic
     from downriver.merge.ties import Ties as Ties
     from downriver.merge.ties import ties as ties
+    from downriver.nn.select import kth_magnitude as kth_magnitude
+    from downriver.nn.select import quantile as quantile
 
 METHODS = {
     "average": "downriver.merge.average:average",
+    "breadcrumbs": "downriver.merge.breadcrumbs:breadcrumbs",
+    "dare": "downriver.merge.dare:dare",
+    "della": "downriver.merge.della:della",
+    "fisher": "downriver.merge.fisher:fisher",
+    "model_stock": "downriver.merge.model_stock:model_stock",
+    "sce": "downriver.merge.sce:sce",
+    "slerp": "downriver.merge.slerp:slerp",
     "task_arithmetic": "downriver.merge.task_arithmetic:task_arithmetic",
     "ties": "downriver.merge.ties:ties",
 }
 """Functions ``(models, base, *, ...)`` that a study's YAML may name."""
+
+CLASSES = ("Average", "Breadcrumbs", "Dare", "Della", "Fisher", "ModelStock", "Sce", "Slerp", "TaskArithmetic", "Ties")
+"""The same methods for ``merge``, where models are on disk."""
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     METHODS
     | {
         "Average": "downriver.merge.average:Average",
+        "Breadcrumbs": "downriver.merge.breadcrumbs:Breadcrumbs",
+        "Dare": "downriver.merge.dare:Dare",
+        "Della": "downriver.merge.della:Della",
+        "Fisher": "downriver.merge.fisher:Fisher",
         "MergeReport": "downriver.merge.report:MergeReport",
         "Method": "downriver.merge.method:Method",
+        "ModelStock": "downriver.merge.model_stock:ModelStock",
+        "Sce": "downriver.merge.sce:Sce",
+        "Slerp": "downriver.merge.slerp:Slerp",
         "TaskArithmetic": "downriver.merge.task_arithmetic:TaskArithmetic",
         "Ties": "downriver.merge.ties:Ties",
         "conflicts": "downriver.merge.inspect:conflicts",
+        "diagonal_fisher": "downriver.merge.fisher:diagonal_fisher",
         "kth_magnitude": "downriver.nn.select:kth_magnitude",
         "merge": "downriver.merge.engine:merge",
         "open_store": "downriver.merge.stores:open_store",

@@ -220,9 +220,9 @@ def filled(base: T, job: Plan, state: Mapping[str, Tensor]) -> T:
 
 def resolve(method: str | Method) -> Method:
     """A method by its name, with its defaults."""
-    from downriver.merge import Average, TaskArithmetic, Ties
+    from downriver import merge as room
 
-    known: dict[str, type[Method]] = {m.name: m for m in (Average, TaskArithmetic, Ties)}
+    known: dict[str, type[Method]] = {kind.name: kind for kind in (getattr(room, name) for name in room.CLASSES)}
     if isinstance(method, Method):
         return method
     if method not in known:

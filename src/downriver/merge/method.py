@@ -5,7 +5,7 @@ Reach for it to write a method of your own: subclass ``Method``, give ``delta``,
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,18 +15,27 @@ from torch import Tensor
 
 from downriver.core.errors import InputError
 
+Rank = int | Callable[[int], int] | None
+
 
 @dataclass(frozen=True)
 class Known:
     """What must be known of whole models before a block can be merged.
 
-    ``cuts``: the smallest magnitude that each model keeps (0: nothing is trimmed); ``norms``: L2 norms of the trimmed
-    task vectors; ``majority``: the sign for entries where votes cancel (0: not known, they stay at the base).
+    ``cuts``: the magnitude at each rank that the method asks for, for most the smallest that each model keeps (0:
+    nothing is trimmed); ``norms``: L2 norms of the trimmed task vectors; ``majority``: the sign for entries where votes
+    cancel (0: not known, they stay at the base); ``sums``: what the method measures, summed over the tensor.
+    ``tensor``, ``row`` and ``start`` say which block it is: the tensor's name, the elements of one of its rows, and the
+    first element.
     """
 
     cuts: tuple[float, ...]
     norms: tuple[float, ...] = ()
     majority: int = 0
+    sums: np.ndarray | None = None
+    tensor: str = ""
+    row: int = 1
+    start: int = 0
 
 
 @dataclass
@@ -70,6 +79,8 @@ class Method:
     name: ClassVar[str]
     per_tensor: ClassVar[tuple[str, ...]] = ("weights", "lam")
     """Parameters that may differ from tensor to tensor."""
+    whole_rows: ClassVar[bool] = False
+    """Whether a block must hold whole rows of its tensor."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -82,6 +93,11 @@ class Method:
         return False
 
     @property
+    def needs_sums(self) -> bool:
+        """Whether ``Known.sums`` is used, and ``measure`` is to be called on every block beforehand."""
+        return False
+
+    @property
     def own_dtype(self) -> bool:
         """Whether arithmetic is done in the models' own type rather than in float32 and float64."""
         return False
@@ -90,9 +106,19 @@ class Method:
         """Tensors with equal groups are ranked together by magnitude."""
         return tensor
 
-    def ranks(self, models: int, size: int) -> list[int | None]:
-        """For each model the rank among ``size`` magnitudes from which entries are kept; ``None`` keeps all."""
+    def ranks(self, models: int, size: int) -> list[Rank]:
+        """For each of the vectors ``ranked`` the rank of the magnitude to be known among ``size``, or a function that
+        gives it from the number of values; ``None`` is not looked for (its cut is 0), and a rank beyond the number of
+        values is infinite."""
         return [None] * models
+
+    def ranked(self, base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
+        """The vectors of one block whose magnitudes are ranked: by default each model's task vector."""
+        return [task_vector(model, base) for model in models]
+
+    def measure(self, base: Tensor, models: Sequence[Tensor], known: Known) -> np.ndarray:
+        """Numbers of one block that are added up over its tensor and given back as ``Known.sums``."""
+        raise NotImplementedError
 
     def trimmed(self, tau: Tensor, cut: float) -> Tensor:
         """τ with the entries below the cut set to zero."""
@@ -135,3 +161,11 @@ def task_vector(model: Tensor, base: Tensor) -> Tensor:
 def square(x: Tensor, dtype: torch.dtype | None = None) -> float:
     """‖x‖²."""
     return float(torch.linalg.vector_norm(x, dtype=dtype)) ** 2
+
+
+def added(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one type, added up in float32 at least as ``torch.sum`` does."""
+    total = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32), copy=True)
+    for tensor in tensors[1:]:
+        total.add_(tensor)
+    return total.to(tensors[0].dtype)

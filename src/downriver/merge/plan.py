@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from downriver.core.errors import InputError, unknown
 from downriver.merge.method import Known, Method, Tally, square, task_vector
 from downriver.merge.report import total as total_of
-from downriver.nn.select import THREE_PASSES, TWO_PASSES, RadixSelect, hold_pages
 from downriver.merge.stores import Source, Store, equal, open_store
+from downriver.nn.select import THREE_PASSES, TWO_PASSES, RadixSelect, hold_pages
 
 MAX_BYTES = 2**30
 """Working memory of a merge when none is declared: 1 GiB."""
@@ -57,6 +57,11 @@ class Entry:
         """Elements."""
         return math.prod(self.shape)
 
+    @property
+    def row(self) -> int:
+        """Elements of a row: those that share the first index; a vector is one row."""
+        return max(1, math.prod(self.shape[1:] if len(self.shape) > 1 else self.shape))
+
 
 @dataclass
 class Plan:
@@ -76,14 +81,26 @@ class Plan:
     _lock: Lock = field(default_factory=Lock, init=False)
 
     def known(self) -> dict[str, Known]:
-        """Cuts, and norms where the method needs them, of every tensor to be merged."""
+        """Cuts, and norms and sums where the method needs them, of every tensor to be merged."""
         merged = [e for e in self.entries if e.merged]
-        known = {name: Known(cuts) for name, cuts in self._cuts(merged).items()}
+        cuts = self._cuts(merged)
+        known = {e.name: Known(cuts[e.name], tensor=e.name, row=e.row) for e in merged}
         if self.method.needs_norms:
             squares = np.zeros(len(self.models))
             for part in self.over(lambda e, base, models: _squares(e, base, models, known[e.name]), merged):
                 squares += part
             known = {n: dataclasses.replace(k, norms=tuple(np.sqrt(squares).tolist())) for n, k in known.items()}
+        if self.method.needs_sums:
+
+            def measure(entry: Entry, start: int, stop: int) -> tuple[str, np.ndarray]:
+                base, models = self._read(entry, start, stop)
+                here = dataclasses.replace(known[entry.name], start=start)
+                return entry.name, entry.method.measure(base, models, here)
+
+            sums: dict[str, np.ndarray] = {}
+            for name, found in self._threads(measure, self._blocks(merged)):
+                sums[name] = sums[name] + found if name in sums else found
+            known = {name: dataclasses.replace(k, sums=sums[name]) for name, k in known.items()}
         return known
 
     def execute(self, write: Callable[[Entry, int, Tensor], None], task_vector: bool = False) -> dict[str, Tally]:
@@ -115,7 +132,8 @@ class Plan:
     ) -> dict[str, Tally]:
         def block(entry: Entry, start: int, stop: int) -> tuple[str, Tally]:
             base, models = self._read(entry, start, stop)
-            delta, tally = entry.method.delta(base, models, known[entry.name])
+            here = dataclasses.replace(known[entry.name], start=start)
+            delta, tally = entry.method.delta(base, models, here)
             if not np.isfinite(tally.squares).all():
                 self._refuse_non_finite(entry, base, models)
             if entry.method.lam != 1 and not task_vector:
@@ -145,31 +163,40 @@ class Plan:
         for group in groups.values():
             size = sum(e.merged for e in group)
             ranks = group[0].method.ranks(len(self.models), size)
-            selects = {i: RadixSelect(k, self.digits) for i, k in enumerate(ranks) if k is not None and k <= size}
+            selects = {
+                i: RadixSelect(k, self.digits)
+                for i, k in enumerate(ranks)
+                if callable(k) or (k is not None and k <= size)
+            }
             for _ in self.digits if selects else ():
                 self._narrow(group, selects)
             found = [0.0 if k is None else selects[i].value if i in selects else math.inf for i, k in enumerate(ranks)]
             cuts |= {e.name: tuple(found) for e in group}
         return cuts
 
-    def _narrow(self, group: Sequence[Entry], selects: Mapping[int, RadixSelect]) -> None:
-        """One pass of every selection over a group."""
+    def _narrow(self, group: Sequence[Entry], selects: dict[int, RadixSelect]) -> None:
+        """One pass of every selection over a group; those whose rank is none of the values' are taken out."""
 
         def count(entry: Entry, base: Tensor, models: list[Tensor]) -> dict[int, Tensor]:
-            return {i: s.counts(task_vector(models[i], base).float()) for i, s in selects.items()}
+            vectors = entry.method.ranked(base, models)
+            return {i: s.counts(vectors[i].float()) for i, s in selects.items()}
 
         totals: dict[int, Tensor] = {}
         for counts in self.over(count, group):
             for i, c in counts.items():
                 totals[i] = totals[i].add_(c) if i in totals else c
-        for i, select in selects.items():
-            select.narrow(totals[i])
+        for i, select in list(selects.items()):
+            if select.fits(int(totals[i].sum())):
+                select.narrow(totals[i])
+            else:
+                del selects[i]
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        return ((a, min(stop, a + self.block)) for a in range(start, stop, self.block))
+    def _pieces(self, start: int, stop: int, row: int = 1) -> Iterator[tuple[int, int]]:
+        block = max(1, self.block // row) * row
+        return ((a, min(stop, a + block)) for a in range(start, stop, block))
 
     def _blocks(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, int, int]]:
-        return ((e, a, b) for e in entries for a, b in self._pieces(0, e.merged))
+        return ((e, a, b) for e in entries for a, b in self._pieces(0, e.merged, e.row if e.method.whole_rows else 1))
 
     def _threads(self, fn: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         """Results in order; at most one item more than there are threads is under way."""
@@ -418,14 +445,16 @@ def _fit(
     )
     per_element = 2 * ((n + 1) * (widest + 8) + 16 * n + 64)  # twice what is alive: the heap is never packed
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    largest = LARGEST if device.type == "cpu" else LARGEST_ON_GPU
+    least = max([SMALLEST, *(e.row for e in merged if e.method.whole_rows)])
+    largest = max(least, LARGEST if device.type == "cpu" else LARGEST_ON_GPU)
+    selections = len(merged[0].method.ranks(n, 1))
     smallest = 0
     for threads in range(min(cores, 4) if workers is None else max(1, workers), 0, -1):
         for digits in (TWO_PASSES, THREE_PASSES):
-            counters = (threads + 2) * n * 8 * (1 << max(digits))
-            smallest = counters + threads * SMALLEST * per_element
+            counters = (threads + 2) * selections * 8 * (1 << max(digits))
+            smallest = counters + threads * least * per_element
             block = (max_bytes - counters) // (threads * per_element)
-            if block >= (largest // 8 if threads > 1 or digits is TWO_PASSES else SMALLEST):
+            if block >= max(least, largest // 8 if threads > 1 or digits is TWO_PASSES else 0):
                 block = min(block, largest)
                 return block, min(threads, -(-sum(e.merged for e in merged) // block)), digits
     raise InputError(f"max_bytes of {max_bytes} is too small for {n} models: at least {smallest} bytes are needed")

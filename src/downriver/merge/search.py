@@ -27,9 +27,14 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "ties": tuple(i / 10 for i in range(8, 26)),
     "task_arithmetic": _SHORT,
     "average": _SHORT,
+    "breadcrumbs": _SHORT,
+    "dare": _SHORT,
+    "della": tuple(i / 10 for i in range(8, 26)),
+    "sce": tuple(i / 10 for i in range(8, 26)),
 }
 """λ of each method: 0.8 to 2.5 for TIES and 0.1 to 1.0 for task arithmetic (the paper's), in steps of 0.1; averaging
-has no λ in the paper, and is searched from near the base to the mean itself."""
+has no λ in the paper, and is searched from near the base to the mean itself. Those that add up task vectors take the
+grid of task arithmetic, those that average what agrees that of TIES; others need a grid."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn.functional import hardshrink
 
 from downriver.core.errors import InputError, unknown
 from downriver.merge.engine import combine
-from downriver.merge.method import Known, Method, Tally, per_model, square, task_vector
+from downriver.merge.method import Known, Method, Rank, Tally, added, per_model, square, task_vector
 from downriver.merge.plan import Mismatch, Pattern
 from downriver.merge.stores import Source
 
@@ -172,8 +172,8 @@ class Ties(Method):
     def group(self, tensor: str) -> Hashable:
         return tensor if self.compat is not None or self.scope == "tensor" else self.density
 
-    def ranks(self, models: int, size: int) -> list[int | None]:
-        ranks = [self._rank(self._density(i), size) for i in range(models - self.last_gives_signs)]
+    def ranks(self, models: int, size: int) -> list[Rank]:
+        ranks: list[Rank] = [self._rank(self._density(i), size) for i in range(models - self.last_gives_signs)]
         return [*ranks, None] if self.last_gives_signs else ranks
 
     def _rank(self, density: float, size: int) -> int | None:
@@ -211,7 +211,7 @@ class Ties(Method):
                 if self.compat == "mergekit"
                 else hats
             )
-            gamma = torch.where(_sum([hat.sign() for hat in hats] if self.elect == "count" else hats) >= 0, 1.0, -1.0)
+            gamma = torch.where(added([hat.sign() for hat in hats] if self.elect == "count" else hats) >= 0, 1.0, -1.0)
         present = torch.zeros_like(gamma)  # how many models keep an entry
         for i, hat in enumerate(hats):
             kept = hat.sign().abs_().float()
@@ -272,13 +272,13 @@ class Ties(Method):
         masks = [a.to(hats[0].dtype) for a in agree]
         weights = [hats[0].new_tensor(self.weight(i)) for i in range(len(hats))]
         if self.compat == "peft":
-            return _sum([hat * w * a for hat, w, a in zip(hats, weights, masks, strict=True)]) / _sum(masks).clamp(
+            return added([hat * w * a for hat, w, a in zip(hats, weights, masks, strict=True)]) / added(masks).clamp(
                 min=1
             )
-        mixed = _sum([hat * a for hat, a in zip(hats, masks, strict=True)])  # weighted before they voted
+        mixed = added([hat * a for hat, a in zip(hats, masks, strict=True)])  # weighted before they voted
         if self.agg == "sum":
             return mixed
-        divisor = _sum([w * a for w, a in zip(weights, masks, strict=True)])
+        divisor = added([w * a for w, a in zip(weights, masks, strict=True)])
         return mixed / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
 
     def majority(self, total: Tally) -> int:
@@ -288,11 +288,3 @@ class Ties(Method):
 
     def _density(self, model: int) -> float:
         return float(self.density[model]) if isinstance(self.density, Sequence) else self.density
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one type, added up in float32 at least as ``torch.sum`` does."""
-    total = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32), copy=True)
-    for tensor in tensors[1:]:
-        total.add_(tensor)
-    return total.to(tensors[0].dtype)

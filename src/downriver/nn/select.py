@@ -52,6 +52,10 @@ class RadixSelect:
         """The magnitude of rank k, once no pass is left."""
         return torch.tensor(self._prefix, dtype=torch.int32).view(torch.float32).item()
 
+    def fits(self, count: int) -> bool:
+        """Whether the rank is one of so many values."""
+        return 1 <= (self._rank(count) if callable(self._rank) else self._rank) <= count
+
     def counts(self, x: Tensor) -> Tensor:
         """How many values of a float32 chunk have each value of the present digit, among those with the known
         prefix."""
