@@ -1,5 +1,9 @@
 """mergekit's YAML: what each setting means here, and what is refused."""
 
+import math
+import os
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +12,23 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from downriver.core.errors import InputError
-from downriver.merge import Average, TaskArithmetic, Ties, average, read_mergekit, task_arithmetic, ties
+from downriver.merge import (
+    Average,
+    TaskArithmetic,
+    Ties,
+    average,
+    breadcrumbs,
+    dare,
+    della,
+    open_store,
+    read_mergekit,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 
 State = dict[str, Tensor]
 
@@ -153,9 +171,15 @@ GOOD: dict[str, Any] = {"merge_method": "ties", "base_model": "base", "models": 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"slices": []}, "'slices'"),
+        ({"slices": []}, "one of models and slices"),
         ({"chat_template": "x"}, "'chat_template'"),
-        ({"merge_method": "slerp"}, "'slerp'"),
+        ({"merge_method": "karcher"}, "'karcher'"),
+        ({"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]}, "slerp: 3 models"),
+        ({"merge_method": "model_stock", "parameters": {"filter_wise": True}}, "filter_wise"),
+        ({"merge_method": "della", "parameters": {"epsilon": 0.6}}, "epsilon is 0.6"),
+        ({"merge_method": "dare_ties", "models": [entry("a", t=0.5)]}, "'t'"),
+        ({"merge_method": "sce", "parameters": {"select_topk": 3}}, "select_topk is 3"),
+        ({"merge_method": "passthrough", "models": [entry("a"), entry("b")]}, "passthrough: 2 models"),
         ({"merge_method": "tie"}, "did you mean 'ties'"),
         ({"tokenizer_source": "union"}, "tokenizer_source"),
         ({"compat": "peft"}, "compat 'peft'"),
@@ -181,6 +205,140 @@ GOOD: dict[str, Any] = {"merge_method": "ties", "base_model": "base", "models": 
 def test_what_is_not_understood_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_mergekit(GOOD | change)
+
+
+def test_the_methods_of_other_names(tmp_path: Path, states: dict[str, State]) -> None:
+    two = [entry("a", weight=0.5), entry("b")]
+    base, models = states["base"], [states["a"], states["b"]]
+    expected = {
+        "dare_linear": dare(models, base, density=0.3, weights=[0.5, 1]),
+        "dare_ties": dare(models, base, density=0.3, weights=[0.5, 1], consensus="ties"),
+        "della": della(models, base, density=0.3, weights=[0.5, 1]),
+        "breadcrumbs": breadcrumbs(models, base, density=0.3, weights=[0.5, 1]),
+        "breadcrumbs_ties": breadcrumbs(models, base, density=0.3, weights=[0.5, 1], consensus="ties"),
+    }
+    for number, (name, result) in enumerate(expected.items()):
+        (tmp_path / str(number)).mkdir()
+        config = {"merge_method": name, "base_model": "base", "models": two, "parameters": {"density": 0.3}}
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(config))
+        out = read_mergekit(file).merge(tmp_path / str(number) / "out").out
+        assert same(load_file(out / "model.safetensors"), result), name
+
+
+def test_slerp_goes_from_the_base(tmp_path: Path, states: dict[str, State]) -> None:
+    t = [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]
+    found = written(tmp_path, merge_method="slerp", base_model="base", models=[{"model": "a"}], parameters={"t": t})
+    torch.testing.assert_close(found["h.0.mlp"], states["base"]["h.0.mlp"])
+    torch.testing.assert_close(found["h.2.mlp"], states["a"]["h.2.mlp"])
+    half = slerp([states["base"], states["a"]], states["base"])
+    for name in ("emb.weight", "h.1.mlp", "h.1.attn"):
+        torch.testing.assert_close(found[name], half[name])
+
+
+@pytest.fixture
+def llamas(tmp_path: Path) -> dict[str, Path]:
+    """Three-layer Llamas with equal tensors in every layer."""
+    found = {}
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=False,
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        found[name] = tmp_path / name
+    return found
+
+
+def test_layers_are_stacked_and_the_result_loads(tmp_path: Path, llamas: dict[str, Path]) -> None:
+    slices = [
+        {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "b", "layer_range": [1, 3]}]},
+    ]
+    scale = [{"filter": "o_proj", "value": 0.0}]
+    config = {"merge_method": "passthrough", "slices": slices, "parameters": {"scale": scale}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    read_mergekit(tmp_path / "run.yaml").merge(tmp_path / "out")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 4
+    a, b = (LlamaForCausalLM.from_pretrained(llamas[name]) for name in "ab")
+    for place, (source, layer) in enumerate([(a, 0), (a, 1), (b, 1), (b, 2)]):
+        mine, theirs = model.model.layers[place], source.model.layers[layer]
+        assert torch.equal(mine.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+        assert not mine.self_attn.o_proj.weight.any()
+    assert torch.equal(model.model.embed_tokens.weight, a.model.embed_tokens.weight)
+    assert torch.equal(model.lm_head.weight, b.lm_head.weight)
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_slices_that_do_not_fit_are_named(llamas: dict[str, Path]) -> None:
+    def sliced(*slices: list[tuple[str, list[int]]], method: str = "passthrough") -> dict[str, Any]:
+        made = [{"sources": [{"model": str(llamas[m]), "layer_range": r} for m, r in part]} for part in slices]
+        return {"merge_method": method, "slices": made, "base_model": str(llamas["base"])}
+
+    with pytest.raises(InputError, match=r"layer_range \[2, 4\], part of 0 to 3"):
+        read_mergekit(sliced([("a", [2, 4])]))
+    with pytest.raises(InputError, match="one source a slice"):
+        read_mergekit(sliced([("a", [0, 1]), ("b", [0, 1])]))
+    with pytest.raises(InputError, match="different length"):
+        read_mergekit(sliced([("a", [0, 1]), ("b", [0, 2])], method="ties"))
+    with pytest.raises(InputError, match="same sources in every slice"):
+        read_mergekit(sliced([("a", [0, 1])], [("b", [1, 3])], method="ties"))
+    config = read_mergekit(sliced([("base", [0, 2]), ("a", [0, 2])], method="slerp"))
+    assert len(config.models) == 2 and config.models[0] is config.base
+
+
+WEIGHTS = {"models": [entry("a", weight=0.6), entry("b", weight=0.4)]}
+SHARED: dict[str, dict[str, Any]] = {
+    "linear": WEIGHTS,
+    "task_arithmetic": WEIGHTS | {"parameters": {"lambda": 0.7}},
+    "ties": WEIGHTS | {"parameters": {"density": 0.4, "lambda": 0.8}},
+    "breadcrumbs": WEIGHTS | {"parameters": {"density": 0.5, "gamma": 0.1}},
+    "breadcrumbs_ties": WEIGHTS | {"parameters": {"density": 0.5, "gamma": 0.1, "rescale": True, "normalize": True}},
+    "dare_linear": WEIGHTS | {"parameters": {"density": 1.0}},  # draws cannot agree: without any the rest must
+    "dare_ties": WEIGHTS | {"parameters": {"density": 1.0}},
+    "della": WEIGHTS | {"parameters": {"density": 1.0}},
+    "model_stock": {"models": [entry("a"), entry("b")]},
+    "sce": {"models": [entry("a"), entry("b")], "parameters": {"select_topk": 0.3}},
+    "slerp": {"models": [entry("base"), entry("a")], "parameters": {"t": [0.2, 0.8]}},
+    "passthrough": {
+        "slices": [
+            {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+            {"sources": [{"model": "b", "layer_range": [1, 3]}]},
+        ]
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+def test_mergekit_itself_gives_the_same(tmp_path: Path, llamas: dict[str, Path], name: str) -> None:
+    """With DOWNRIVER_MERGEKIT naming a python that has mergekit 0.1.x installed."""
+    python = os.environ.get("DOWNRIVER_MERGEKIT")
+    if not python:
+        pytest.skip("DOWNRIVER_MERGEKIT names no python with mergekit")
+    config = {"merge_method": name, "dtype": "float32"} | SHARED[name]
+    if name not in ("linear", "passthrough"):
+        config["base_model"] = "base"
+    for file, text in {"ours": config | {"compat": "mergekit"}, "theirs": config}.items():
+        paths = re.sub(r"(model: )(a|b|base)\n", rf"\1{tmp_path}/\2\n", yaml.safe_dump(text))
+        (tmp_path / f"{file}.yaml").write_text(paths)
+    command = [str(Path(python).parent / "mergekit-yaml"), "--no-copy-tokenizer", "theirs.yaml", "theirs"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read_mergekit(tmp_path / "ours.yaml").merge(tmp_path / "ours")
+    found, expected = (open_store(tmp_path / which) for which in ("ours", "theirs"))
+    assert set(found.names()) == set(expected.names())
+    for tensor in expected.names():
+        size = math.prod(expected.shape(tensor))
+        ours, theirs = (store.read(tensor, 0, size) for store in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7, msg=f"{name}, {tensor}")
 
 
 def test_the_file_at_fault_is_named(tmp_path: Path) -> None:

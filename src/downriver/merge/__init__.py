@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from downriver.merge.method import Method as Method
     from downriver.merge.model_stock import ModelStock as ModelStock
     from downriver.merge.model_stock import model_stock as model_stock
+    from downriver.merge.passthrough import Passthrough as Passthrough
+    from downriver.merge.passthrough import stack as stack
     from downriver.merge.report import MergeReport as MergeReport
     from downriver.merge.sce import Sce as Sce
     from downriver.merge.sce import sce as sce
@@ -50,7 +52,19 @@ METHODS = {
 }
 """Functions ``(models, base, *, ...)`` that a study's YAML may name."""
 
-CLASSES = ("Average", "Breadcrumbs", "Dare", "Della", "Fisher", "ModelStock", "Sce", "Slerp", "TaskArithmetic", "Ties")
+CLASSES = (
+    "Average",
+    "Breadcrumbs",
+    "Dare",
+    "Della",
+    "Fisher",
+    "ModelStock",
+    "Passthrough",
+    "Sce",
+    "Slerp",
+    "TaskArithmetic",
+    "Ties",
+)
 """The same methods for ``merge``, where models are on disk."""
 
 __getattr__, __dir__, __all__ = attach(
@@ -65,6 +79,7 @@ __getattr__, __dir__, __all__ = attach(
         "MergeReport": "downriver.merge.report:MergeReport",
         "Method": "downriver.merge.method:Method",
         "ModelStock": "downriver.merge.model_stock:ModelStock",
+        "Passthrough": "downriver.merge.passthrough:Passthrough",
         "Sce": "downriver.merge.sce:Sce",
         "Slerp": "downriver.merge.slerp:Slerp",
         "TaskArithmetic": "downriver.merge.task_arithmetic:TaskArithmetic",
@@ -77,5 +92,6 @@ __getattr__, __dir__, __all__ = attach(
         "quantile": "downriver.nn.select:quantile",
         "read_mergekit": "downriver.merge.mergekit:read_mergekit",
         "search_lambda": "downriver.merge.search:search_lambda",
+        "stack": "downriver.merge.passthrough:stack",
     },
 )

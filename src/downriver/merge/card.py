@@ -3,7 +3,7 @@ from."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,22 @@ def copy_files(base: Any, store: Store, out: Path, dtype: torch.dtype | None) ->
     if dtype is not None:
         config |= {"dtype": str(dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)
+    if store.layers is not None:
+        _restack(config, store.layers)
+    if dtype is not None or store.layers is not None:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return _ties(config)
+
+
+def _restack(config: dict[str, Any], layers: Sequence[int]) -> None:
+    """Say how many layers there are now, and take along what the configuration lists layer by layer."""
+    part = config.get("text_config", config)
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+        if key in part:
+            before, part[key] = part[key], len(layers)
+            for name, value in part.items():
+                if isinstance(value, list) and len(value) == before and name != "architectures":
+                    part[name] = [value[layer] for layer in layers]
 
 
 def _ties(config: Mapping[str, Any]) -> bool:

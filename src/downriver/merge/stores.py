@@ -25,9 +25,6 @@ from downriver.core.tensors import Checkpoint, open_checkpoint
 HEAD_FILE = "downriver_head.safetensors"
 HEAD_PREFIX = "downriver_head."
 
-Source = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str] | tuple[Any, str | os.PathLike[str]]
-"""A state dict, a module, a folder, file, hub id or built-in name, or (base, folder of a LoRA adapter)."""
-
 _EMBEDDING = re.compile(r"(embed|wte|shared|lm_head|predictions\.decoder|output_projection|score)[\w.]*weight$")
 _OUTPUT = re.compile(r"(lm_head|embed_out|predictions|output_projection)")
 _BUFFER = re.compile(r"(^|\.)(running_mean|running_var|inv_freq|original_inv_freq|masked_bias|relative_coords_table)$")
@@ -49,7 +46,7 @@ class Store:
 
     ``tied`` maps a name that shares its values with another one to that one; ``buffers`` are float tensors that are
     state or constants rather than weights; ``folder`` is where configuration and tokenizer lie, when there is such a
-    place.
+    place; ``layers`` says of a stacked model which layer of its source each of its layers is.
     """
 
     label: str
@@ -57,6 +54,7 @@ class Store:
     folder: Path | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
+    layers: tuple[int, ...] | None = None
 
     def names(self) -> list[str]:
         """Every tensor's name, tied ones too."""
@@ -86,6 +84,11 @@ class Store:
         return digest.hexdigest()[:20]
 
 
+Source = Store | Mapping[str, Tensor] | nn.Module | str | os.PathLike[str] | tuple[Any, str | os.PathLike[str]]
+"""A state dict, a module, a folder, file, hub id or built-in name, (base, folder of a LoRA adapter), or what
+``open_store`` and ``stack`` give."""
+
+
 def open_store(source: Source) -> Store:
     """Open any kind of model as a ``Store``.
 
@@ -108,6 +111,8 @@ def open_store(source: Source) -> Store:
     >>> store.names(), store.shape("w")
     (['w', 'n'], (2, 3))
     """
+    if isinstance(source, Store):
+        return source
     if isinstance(source, tuple):
         if len(source) != 2:
             raise InputError(f"a tuple of {len(source)} is no model: (base, adapter folder) is expected")
