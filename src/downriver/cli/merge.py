@@ -25,11 +25,13 @@ class _RunByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_RunByDefault,
-    help="Merge checkpoints: downriver merge CONFIG OUT, or downriver merge inspect CONFIG.",
+    help="Merge checkpoints: downriver merge CONFIG OUT, or downriver merge inspect CONFIG; apply and revert patches.",
     no_args_is_help=True,
 )
+patches = typer.Typer(help="Small files of changed entries: apply one, take it back, look at it.", no_args_is_help=True)
+app.add_typer(patches, name="patch")
 
-CONFIG = Annotated[Path, typer.Argument(help="A YAML file in mergekit's format: linear, task_arithmetic or ties.")]
+CONFIG = Annotated[Path, typer.Argument(help="A YAML file in mergekit's format.")]
 MEMORY = Annotated[str, typer.Option("--max-memory", help="Bound of the working memory, such as 512MiB or 2GB.")]
 DEVICE = Annotated[str | None, typer.Option(help="Where to calculate: cpu, cuda, cuda:1. A GPU when there is one.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
@@ -67,6 +69,46 @@ def inspect(config: CONFIG, max_memory: MEMORY = "1GiB", device: DEVICE = None, 
         trimming["scope"] = "tensor"
     report = conflicts(job.models, job.base, max_bytes=_size(max_memory), device=_device(device), **trimming)
     typer.echo(json.dumps(report.table()) if as_json else report.text)
+
+
+MODEL = Annotated[str, typer.Argument(help="A checkpoint folder, file or hub id.")]
+PATCH = Annotated[Path, typer.Argument(help="A patch, as SparsePatch.save writes it.")]
+OUT = Annotated[Path, typer.Argument(help="The folder to be written.")]
+OVERWRITE = Annotated[bool, typer.Option(help="Replace OUT where it exists.")]
+
+
+@patches.command()
+def apply(model: MODEL, patch: PATCH, out: OUT, overwrite: OVERWRITE = False) -> None:
+    """Write MODEL with PATCH applied."""
+    from downriver.merge import patch_checkpoint
+
+    typer.echo(patch_checkpoint(model, patch, out, overwrite=overwrite))
+
+
+@patches.command()
+def revert(model: MODEL, patch: PATCH, out: OUT, overwrite: OVERWRITE = False) -> None:
+    """Write MODEL, which has PATCH, as it was without it."""
+    from downriver.merge import patch_checkpoint
+
+    typer.echo(patch_checkpoint(model, patch, out, revert=True, overwrite=overwrite))
+
+
+@patches.command()
+def show(patch: PATCH, as_json: JSON = False) -> None:
+    """Say what PATCH changes: entries of each tensor, and what its maker says of it."""
+    from downriver.nn.sparse_patch import SparsePatch
+
+    found = SparsePatch.load(patch)
+    entries = {name: len(places) for name, places in found.mask.indices.items()}
+    if as_json:
+        about = {"about": found.about, "entries": entries, "count": found.mask.count, "share": found.mask.share}
+        typer.echo(json.dumps(about))
+        return
+    for name, count in entries.items():
+        typer.echo(f"{count:>10,}  {name} {found.shapes[name]}")
+    typer.echo(f"{found.mask.count:>10,}  of {found.mask.total:,} entries ({found.mask.share:.4%})")
+    for key, value in found.about.items():
+        typer.echo(f"{key}: {value}")
 
 
 def _print(report: "MergeReport") -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from downriver.merge.model_stock import model_stock as model_stock
     from downriver.merge.passthrough import Passthrough as Passthrough
     from downriver.merge.passthrough import stack as stack
+    from downriver.merge.patch import patch_checkpoint as patch_checkpoint
     from downriver.merge.report import MergeReport as MergeReport
     from downriver.merge.sce import Sce as Sce
     from downriver.merge.sce import sce as sce
@@ -89,6 +90,7 @@ __getattr__, __dir__, __all__ = attach(
         "kth_magnitude": "downriver.nn.select:kth_magnitude",
         "merge": "downriver.merge.engine:merge",
         "open_store": "downriver.merge.stores:open_store",
+        "patch_checkpoint": "downriver.merge.patch:patch_checkpoint",
         "quantile": "downriver.nn.select:quantile",
         "read_mergekit": "downriver.merge.mergekit:read_mergekit",
         "search_lambda": "downriver.merge.search:search_lambda",

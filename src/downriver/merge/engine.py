@@ -139,7 +139,7 @@ def merge(
 def _stream(job: Plan, folder: Path, shard_size: int, once: bool) -> tuple[dict[str, Tally], int]:
     """Merge into shards; tied names are written ``once`` where the loader ties them itself."""
     names = {e.name: (e.name,) if once else (e.name, *e.aliases) for e in job.entries}
-    slots = [_slot(name, e) for e in job.entries for name in names[e.name]]
+    slots = [slot_of(name, e.shape, e.dtype) for e in job.entries for name in names[e.name]]
     with ShardWriter(folder, slots, shard_size) as writer:
 
         def write(entry: Entry, start: int, values: Tensor) -> None:
@@ -149,10 +149,11 @@ def _stream(job: Plan, folder: Path, shard_size: int, once: bool) -> tuple[dict[
         return job.execute(write), sum(slot.size for slot in slots)
 
 
-def _slot(name: str, entry: Entry) -> Slot:
+def slot_of(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+    """Where a tensor of a store goes: the head that ``Model.save`` keeps beside the weights has a file of its own."""
     if name.startswith(HEAD_PREFIX):
-        return Slot(name, entry.shape, entry.dtype, HEAD_FILE, name.removeprefix(HEAD_PREFIX))
-    return Slot(name, entry.shape, entry.dtype)
+        return Slot(name, shape, dtype, HEAD_FILE, name.removeprefix(HEAD_PREFIX))
+    return Slot(name, shape, dtype)
 
 
 def combine(
