@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from downriver.merge.sce import Sce as Sce
     from downriver.merge.sce import sce as sce
     from downriver.merge.search import search_lambda as search_lambda
+    from downriver.merge.skill_grafting import Graft as Graft
+    from downriver.merge.skill_grafting import graft as graft
+    from downriver.merge.skill_grafting import localize_skill as localize_skill
     from downriver.merge.slerp import Slerp as Slerp
     from downriver.merge.slerp import slerp as slerp
     from downriver.merge.stores import open_store as open_store
@@ -88,6 +91,9 @@ __getattr__, __dir__, __all__ = attach(
         "conflicts": "downriver.merge.inspect:conflicts",
         "diagonal_fisher": "downriver.merge.fisher:diagonal_fisher",
         "kth_magnitude": "downriver.nn.select:kth_magnitude",
+        "Graft": "downriver.merge.skill_grafting:Graft",
+        "graft": "downriver.merge.skill_grafting:graft",
+        "localize_skill": "downriver.merge.skill_grafting:localize_skill",
         "merge": "downriver.merge.engine:merge",
         "open_store": "downriver.merge.stores:open_store",
         "patch_checkpoint": "downriver.merge.patch:patch_checkpoint",

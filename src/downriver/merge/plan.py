@@ -313,7 +313,7 @@ def _entries(
     out_dtype: torch.dtype | None,
 ) -> list[Entry]:
     names = base.names()
-    wanted = _filter(include, exclude)
+    wanted = matching(include, exclude)
     tied = _tied_everywhere(base, models)
     theirs = [set(m.names()) for m in models]
     parameters = _parameters(method, params, [n for n in names if n not in tied], len(models))
@@ -378,7 +378,9 @@ def _tied_everywhere(base: Store, models: Sequence[Store]) -> dict[str, str]:
     return tied
 
 
-def _filter(include: Pattern, exclude: Pattern) -> Callable[[str], bool]:
+def matching(include: Pattern, exclude: Pattern) -> Callable[[str], bool]:
+    """Whether a tensor's name is included and not excluded."""
+
     def compiled(pattern: Pattern) -> list[re.Pattern[str]]:
         return [_regex(p) for p in ([pattern] if isinstance(pattern, str) else pattern or ())]
 
