@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.adapt.alignment_recovery import RecoveryResult as RecoveryResult
+    from downriver.adapt.alignment_recovery import recover_alignment as recover_alignment
     from downriver.adapt.distill_weighted import MultiSourceDistiller as MultiSourceDistiller
     from downriver.adapt.distill_weighted import distill_nearest as distill_nearest
     from downriver.adapt.distill_weighted import distill_weighted as distill_weighted
@@ -42,6 +44,7 @@ __getattr__, __dir__, __all__ = attach(
         "InstructionPacker": "downriver.adapt.opt_iml:InstructionPacker",
         "MultiSourceDistiller": "downriver.adapt.distill_weighted:MultiSourceDistiller",
         "PromptClassifier": "downriver.adapt.prompt_ft:PromptClassifier",
+        "RecoveryResult": "downriver.adapt.alignment_recovery:RecoveryResult",
         "SourceModel": "downriver.adapt.multi_teacher:SourceModel",
         "Term": "downriver.training.trainer:Term",
         "apply_edit": "downriver.adapt.edit.apply:apply_edit",
@@ -52,6 +55,7 @@ __getattr__, __dir__, __all__ = attach(
         "merge_adapter": "downriver.adapt.lora:merge_adapter",
         "opt_iml": "downriver.adapt.opt_iml:opt_iml",
         "recalls": "downriver.adapt.edit.requests:recalls",
+        "recover_alignment": "downriver.adapt.alignment_recovery:recover_alignment",
         "task_weights": "downriver.adapt.distill_weighted:task_weights",
     },
 )
