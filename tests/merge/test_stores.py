@@ -118,3 +118,20 @@ def test_fingerprints_follow_the_values() -> None:
     assert open_store({"w": a}).fingerprint() == open_store({"w": b}).fingerprint()
     b[-1] = 1
     assert open_store({"w": a}).fingerprint() != open_store({"w": b}).fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "text-encoder"])
+def test_a_model_with_an_adapter_is_its_merged_weights(kind):
+    """peft nests two wrappers that both know how to merge; only the outer one is asked."""
+    model = models.small(kind, "nano")
+    targets = ["q_proj"] if kind == "causal-lm" else ["query"]
+    model.backbone = peft.get_peft_model(model.backbone, peft.LoraConfig(r=2, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    plain = models.small(kind, "nano")
+    store, bare = open_store(model), open_store(plain)
+    assert set(store.names()) == set(bare.names())
+    changed = [n for n in bare.names() if not torch.equal(store.read(n, 0, 10), bare.read(n, 0, 10))]
+    assert changed and all(targets[0] in name for name in changed)

@@ -1,8 +1,22 @@
 """Compress: make one model cheaper to serve, by sparse activations, linear attention or shorter sequences."""
 
+from typing import TYPE_CHECKING
+
 from downriver.core.lazy import attach
 
-METHODS: dict[str, str] = {}
-"""Functions ``(model, *, ...)`` that a study's YAML may name."""
+if TYPE_CHECKING:
+    from downriver.compress.cats import SparsityReport as SparsityReport
+    from downriver.compress.cats import cats as cats
+    from downriver.compress.cats import gate_sparsity as gate_sparsity
 
-__getattr__, __dir__, __all__ = attach(__name__, METHODS | {})
+METHODS = {"cats": "downriver.compress.cats:cats"}
+"""Functions ``(model, *, ...)`` or ``(model, task, *, ...)`` that a study's YAML may name."""
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    METHODS
+    | {
+        "SparsityReport": "downriver.compress.cats:SparsityReport",
+        "gate_sparsity": "downriver.compress.cats:gate_sparsity",
+    },
+)

@@ -135,10 +135,12 @@ def without_adapters(module: nn.Module) -> nn.Module:
     whole: Any = copy.deepcopy(module)
     if hasattr(whole, "merge_and_unload"):
         return whole.merge_and_unload()
-    for name, child in list(whole.named_modules()):
-        if hasattr(child, "merge_and_unload"):
+    merged: list[str] = []
+    for name, child in list(whole.named_modules()):  # peft's wrapper comes before the tuner inside it
+        if hasattr(child, "merge_and_unload") and not any(name.startswith(f"{done}.") for done in merged):
             parent, _, last = name.rpartition(".")
             setattr(whole.get_submodule(parent), last, child.merge_and_unload())
+            merged.append(name)
     return whole
 
 

@@ -25,6 +25,7 @@ from downriver.models import builtin
 from downriver.models.images import CONFIG, ImageProcessor
 from downriver.models.model import CAN, HEAD, MODULE, SETTINGS, Kind, Model, Pooling, quiet
 from downriver.models.small import from_source
+from downriver.models.surgery import restore
 
 LONGEST = 512
 """Tokens at which texts are cut unless ``max_length`` says otherwise (or the model takes fewer)."""
@@ -189,6 +190,7 @@ def _backbone(folder: Path, kind: Kind | None, options: dict[str, Any]) -> Model
         name.startswith("pooler.") for name in info["missing_keys"]
     ):
         backbone.pooler = None  # the checkpoint has none: better without than with a random one
+    restore(backbone)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         what = f"{len(missing)} tensors of a {kind} {type(backbone).__name__}, first {missing[0]!r}"

@@ -1,16 +1,21 @@
-"""Find the parts of a loaded transformer: its stack of layers, whatever family it is of.
+"""Find the parts of a loaded transformer, whatever family it is of, and exchange some of them so that it can be saved.
 
 Reach for it when a method works on layers, so that it needs no list of architectures: a stack is the longest list of
 modules of one class, as transformers builds Llama, Mistral, Qwen, Gemma, GPT-NeoX, GPT-2, BERT, ViT and their like.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from downriver.core.errors import InputError
+from downriver.nn.thresholded import CATSActivation
+
+THRESHOLDS = "downriver_cats"
+"""The entry of a configuration that keeps the thresholds of gated blocks."""
+_ACTIVATIONS = ("act_fn", "activation_fn", "act")
 
 
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -82,3 +87,45 @@ def lower_part(model: nn.Module, layers: int) -> Iterator[Callable[..., Tensor]]
 def _inside(name: str, found: list[tuple[str, nn.ModuleList]]) -> bool:
     """Whether a list lies within a layer of another one."""
     return any(name.startswith(f"{other}.") for other, _ in found if other != name)
+
+
+def gated_mlps(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """The gated feed-forward blocks y = W_down(act(W_gate x) ⊙ W_up x) of a model: name, block, name of its activation.
+
+    Llama, Mistral, Qwen, Gemma and their like, and Phi-3 with its fused gate and up projection.
+
+    >>> from downriver.models import small
+    >>> [(name, attribute) for name, _, attribute in gated_mlps(small("causal-lm", "nano").backbone)]
+    [('model.layers.0.mlp', 'act_fn'), ('model.layers.1.mlp', 'act_fn')]
+    """
+    found = []
+    for name, module in model.named_modules():
+        gated = (hasattr(module, "gate_proj") and hasattr(module, "up_proj")) or hasattr(module, "gate_up_proj")
+        if gated and hasattr(module, "down_proj"):
+            attribute = next((a for a in _ACTIVATIONS if isinstance(getattr(module, a, None), nn.Module)), None)
+            if attribute is not None:
+                found.append((name, module, attribute))
+    return found
+
+
+def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
+    """Put a threshold on the gate of every gated block, in place, and write them into the configuration.
+
+    ``models.load`` restores them from there; plain transformers ignores the entry and loads the dense model.
+    """
+    blocks = gated_mlps(model)
+    if len(blocks) != len(thresholds):
+        raise InputError(f"{len(thresholds)} thresholds for {len(blocks)} gated blocks: one a block is expected")
+    for (_, block, attribute), threshold in zip(blocks, thresholds, strict=True):
+        activation = getattr(block, attribute)
+        plain = activation.activation if isinstance(activation, CATSActivation) else activation
+        device = next(block.parameters()).device
+        setattr(block, attribute, CATSActivation(plain, threshold).to(device))
+    if hasattr(model, "config"):
+        setattr(model.config, THRESHOLDS, [float(threshold) for threshold in thresholds])
+
+
+def restore(model: nn.Module) -> None:
+    """Do again, in place, what the configuration of a loaded model says was done to it."""
+    if thresholds := getattr(getattr(model, "config", None), THRESHOLDS, None):
+        set_thresholds(model, thresholds)

@@ -96,7 +96,8 @@ def _apply(
     if step.arrow == "data":
         return model, method(task, **parameters)
     if step.arrow == "compress":
-        return method(model, **parameters), task
+        calibrated = "task" in inspect.signature(method).parameters
+        return method(model, *([task] if calibrated else []), **parameters), task
     if step.arrow == "merge":
 
         def named(name: str) -> Any:
