@@ -3,7 +3,7 @@
     python benchmarks/merge_ties.py [--megabytes 400] [--values 16] [--max-memory 256] [--mergekit PYTHON]
 
 ``--mergekit`` is the Python of an environment that has mergekit; without it the peer is left out, and said to be. Every
-``--mergekit`` is the Python of an environment that has mergekit; without it the peer is left out.
+merge runs in a process of its own, whose largest resident set is printed beside that of a process that only does
 its imports. Both merge by mergekit's arithmetic with density 0.2, and the results are compared. Times are wall seconds;
 processor seconds, which other work on the machine disturbs less, stand in brackets.
 """

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from downriver.adapt.opt_iml import InstructionPacker as InstructionPacker
     from downriver.adapt.opt_iml import opt_iml as opt_iml
     from downriver.adapt.prompt_ft import PromptClassifier as PromptClassifier
+    from downriver.adapt.subnetwork import train_subnetwork as train_subnetwork
     from downriver.training.engine import fine_tune as fine_tune
     from downriver.training.trainer import Term as Term
 
@@ -56,6 +57,7 @@ __getattr__, __dir__, __all__ = attach(
         "opt_iml": "downriver.adapt.opt_iml:opt_iml",
         "recalls": "downriver.adapt.edit.requests:recalls",
         "recover_alignment": "downriver.adapt.alignment_recovery:recover_alignment",
+        "train_subnetwork": "downriver.adapt.subnetwork:train_subnetwork",
         "task_weights": "downriver.adapt.distill_weighted:task_weights",
     },
 )

@@ -71,6 +71,27 @@ def inspect(config: CONFIG, max_memory: MEMORY = "1GiB", device: DEVICE = None, 
     typer.echo(json.dumps(report.table()) if as_json else report.text)
 
 
+@app.command()
+def delta(
+    before: Annotated[str, typer.Argument(help="The checkpoint before: a folder, file or hub id.")],
+    after: Annotated[str, typer.Argument(help="The checkpoint after.")],
+    rank: Annotated[str | None, typer.Option(help="Rank of the matrices' updates: exact or stable.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Report what changed between two checkpoints: how sparse the update is, layer by layer."""
+    from downriver.merge import delta_stats
+
+    report = delta_stats(before, after, rank=rank)  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps(report.tensors.to_dicts()))
+        return
+    typer.echo(str(report.by("layer")))
+    shares = {name: report.share(name) for name in ("unchanged", "within_1e-05", "below_ulp")}
+    typer.echo("; ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    if report.rank is not None:
+        typer.echo(f"mean {rank} rank of an update over its smaller side: {report.rank:.2f}")
+
+
 MODEL = Annotated[str, typer.Argument(help="A checkpoint folder, file or hub id.")]
 PATCH = Annotated[Path, typer.Argument(help="A patch, as SparsePatch.save writes it.")]
 OUT = Annotated[Path, typer.Argument(help="The folder to be written.")]

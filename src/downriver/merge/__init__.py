@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from downriver.merge.passthrough import stack as stack
     from downriver.merge.patch import patch_checkpoint as patch_checkpoint
     from downriver.merge.report import MergeReport as MergeReport
+    from downriver.merge.rl_subnetwork import DeltaReport as DeltaReport
+    from downriver.merge.rl_subnetwork import delta_stats as delta_stats
+    from downriver.merge.rl_subnetwork import subnetwork as subnetwork
     from downriver.merge.sce import Sce as Sce
     from downriver.merge.sce import sce as sce
     from downriver.merge.search import search_lambda as search_lambda
@@ -89,6 +92,9 @@ __getattr__, __dir__, __all__ = attach(
         "TaskArithmetic": "downriver.merge.task_arithmetic:TaskArithmetic",
         "Ties": "downriver.merge.ties:Ties",
         "conflicts": "downriver.merge.inspect:conflicts",
+        "DeltaReport": "downriver.merge.rl_subnetwork:DeltaReport",
+        "delta_stats": "downriver.merge.rl_subnetwork:delta_stats",
+        "subnetwork": "downriver.merge.rl_subnetwork:subnetwork",
         "diagonal_fisher": "downriver.merge.fisher:diagonal_fisher",
         "kth_magnitude": "downriver.nn.select:kth_magnitude",
         "Graft": "downriver.merge.skill_grafting:Graft",
