@@ -38,8 +38,8 @@ paper = Paper(
     "tuning, and with less loss than replacing the activation by ReLU.",
 )
 
-SCALES = {"small": ("tiny", 300, 40), "tiny": ("nano", 15, 3)}  # model, steps of training, steps of LoRA
-BATCH, CHARACTERS = 16, 250  # a text of the tiny model is at most 256 tokens
+SCALES = {"small": ("tiny", 250, 30), "tiny": ("nano", 15, 3)}  # model, steps of training, steps of LoRA
+BATCH, CHARACTERS = 16, 120
 
 
 class RandomDrop(nn.Module):
