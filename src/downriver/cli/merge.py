@@ -92,6 +92,25 @@ def delta(
         typer.echo(f"mean {rank} rank of an update over its smaller side: {report.rank:.2f}")
 
 
+@app.command()
+def extract(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, file or hub id.")],
+    base: Annotated[str, typer.Argument(help="The model that it comes from.")],
+    out: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    rank: Annotated[int, typer.Option(help="Of every matrix.")] = 16,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT where it exists.")] = False,
+) -> None:
+    """Write the difference between MODEL and BASE as a LoRA adapter, which peft loads."""
+    from downriver.merge import extract_adapter
+
+    found = extract_adapter(model, base, out, rank=rank, overwrite=overwrite)
+    least = min(found.kept, key=found.kept.__getitem__)
+    typer.echo(f"{len(found.kept)} matrices of rank {rank}; least kept of ‖ΔW‖²: {found.kept[least]:.1%}, {least}")
+    if found.left_out:
+        typer.echo(f"changed and left out: {', '.join(found.left_out)}")
+    typer.echo(found.out)
+
+
 MODEL = Annotated[str, typer.Argument(help="A checkpoint folder, file or hub id.")]
 PATCH = Annotated[Path, typer.Argument(help="A patch, as SparsePatch.save writes it.")]
 OUT = Annotated[Path, typer.Argument(help="The folder to be written.")]

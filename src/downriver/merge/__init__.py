@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.merge.adapter import extract_adapter as extract_adapter
     from downriver.merge.average import Average as Average
     from downriver.merge.average import average as average
     from downriver.merge.breadcrumbs import Breadcrumbs as Breadcrumbs
@@ -98,6 +99,7 @@ __getattr__, __dir__, __all__ = attach(
         "diagonal_fisher": "downriver.merge.fisher:diagonal_fisher",
         "kth_magnitude": "downriver.nn.select:kth_magnitude",
         "Graft": "downriver.merge.skill_grafting:Graft",
+        "extract_adapter": "downriver.merge.adapter:extract_adapter",
         "graft": "downriver.merge.skill_grafting:graft",
         "localize_skill": "downriver.merge.skill_grafting:localize_skill",
         "merge": "downriver.merge.engine:merge",
