@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from downriver.adapt.linear_probe import linear_probe as linear_probe
     from downriver.adapt.lora import lora as lora
     from downriver.adapt.lora import merge_adapter as merge_adapter
+    from downriver.adapt.loramoe import LoRAMoE as LoRAMoE
+    from downriver.adapt.loramoe import LoRAMoEConfig as LoRAMoEConfig
+    from downriver.adapt.loramoe import add_loramoe as add_loramoe
+    from downriver.adapt.loramoe import loramoe as loramoe
+    from downriver.adapt.loramoe import merge_static as merge_static
+    from downriver.adapt.loramoe import routing_report as routing_report
+    from downriver.adapt.loramoe_files import load_loramoe as load_loramoe
+    from downriver.adapt.loramoe_files import to_peft_adapters as to_peft_adapters
     from downriver.adapt.multi_teacher import SourceModel as SourceModel
     from downriver.adapt.opt_iml import InstructionPacker as InstructionPacker
     from downriver.adapt.opt_iml import opt_iml as opt_iml
@@ -35,6 +43,7 @@ METHODS = {
     "full": "downriver.adapt.full:full",
     "linear_probe": "downriver.adapt.linear_probe:linear_probe",
     "lora": "downriver.adapt.lora:lora",
+    "loramoe": "downriver.adapt.loramoe:loramoe",
 }
 
 __getattr__, __dir__, __all__ = attach(
@@ -43,21 +52,28 @@ __getattr__, __dir__, __all__ = attach(
     | {
         "EditResult": "downriver.adapt.edit.apply:EditResult",
         "InstructionPacker": "downriver.adapt.opt_iml:InstructionPacker",
+        "LoRAMoE": "downriver.adapt.loramoe:LoRAMoE",
+        "LoRAMoEConfig": "downriver.adapt.loramoe:LoRAMoEConfig",
         "MultiSourceDistiller": "downriver.adapt.distill_weighted:MultiSourceDistiller",
         "PromptClassifier": "downriver.adapt.prompt_ft:PromptClassifier",
         "RecoveryResult": "downriver.adapt.alignment_recovery:RecoveryResult",
         "SourceModel": "downriver.adapt.multi_teacher:SourceModel",
         "Term": "downriver.training.trainer:Term",
+        "add_loramoe": "downriver.adapt.loramoe:add_loramoe",
         "apply_edit": "downriver.adapt.edit.apply:apply_edit",
         "fine_tune": "downriver.training.engine:fine_tune",
         "fixmatch": "downriver.adapt.fixmatch:fixmatch",
         "kaft": "downriver.adapt.kaft:kaft",
         "key_covariance": "downriver.adapt.edit.covariance:key_covariance",
+        "load_loramoe": "downriver.adapt.loramoe_files:load_loramoe",
         "merge_adapter": "downriver.adapt.lora:merge_adapter",
+        "merge_static": "downriver.adapt.loramoe:merge_static",
         "opt_iml": "downriver.adapt.opt_iml:opt_iml",
         "recalls": "downriver.adapt.edit.requests:recalls",
         "recover_alignment": "downriver.adapt.alignment_recovery:recover_alignment",
+        "routing_report": "downriver.adapt.loramoe:routing_report",
         "train_subnetwork": "downriver.adapt.subnetwork:train_subnetwork",
         "task_weights": "downriver.adapt.distill_weighted:task_weights",
+        "to_peft_adapters": "downriver.adapt.loramoe_files:to_peft_adapters",
     },
 )

@@ -1,6 +1,6 @@
 """Parts of a mixture of experts: gates, experts side by side, the losses that balance them, and who got what.
 
-Reach for them when a method routes tokens to experts: ``adapt.loramoe`` and the mixture model of ``models.mixture`` do.
+Reach for them when a method routes tokens to experts, as ``adapt.loramoe`` does.
 Gates are made in float32 whatever the model computes in. Layers report their routing to the ``routing_context`` that
 is open, so that a loss over all layers needs no change of any signature on the way.
 """
@@ -89,8 +89,9 @@ def load_balance_loss(routed: Routed, mask: Tensor | None = None) -> Tensor:
     Fedus et al., «Switch Transformers» (2021), for k choices a token too. ``mask`` (as the logits without their last
     dimension) says which tokens count.
 
-    >>> load_balance_loss(route(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), 1)).item()
-    1.0
+    >>> even, all_to_one = torch.tensor([[99.0, 0.0], [0.0, 99.0]]), torch.tensor([[99.0, 0.0], [99.0, 0.0]])
+    >>> load_balance_loss(route(even, 1)), load_balance_loss(route(all_to_one, 1))
+    (tensor(1.), tensor(2.))
     """
     experts = routed.logits.shape[-1]
     real = _weights(routed, mask)
