@@ -18,7 +18,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,9 @@ def reproduction(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
         return [Measurement(SCORE, float(np.mean(pilot().score(pilot().candidates[name]))))]
 
     for kind in KINDS:
-        yield Arm(kind, lambda kind=kind: reported(kind))
+        yield Arm(kind, partial(reported, kind))
     for name in ("proposed", "uniform", "best of the runs"):
-        yield Arm(name, lambda name=name: measured(name))
+        yield Arm(name, partial(measured, name))
 
 
 @study(
@@ -164,7 +164,7 @@ def public(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
         return [Measurement("R2", float(whole)), Measurement("R2 over tasks", float(each.mean()))]
 
     for kind in KINDS:
-        yield Arm(kind, lambda kind=kind: together(kind))
+        yield Arm(kind, partial(together, kind))
     yield Arm("mlp, rows split", split)
 
 
