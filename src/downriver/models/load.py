@@ -23,6 +23,7 @@ from downriver.core.seeds import seeded
 from downriver.core.tensors import open_checkpoint, weights_file
 from downriver.models import builtin
 from downriver.models.images import CONFIG, ImageProcessor
+from downriver.models.linear_attention import restore_linear_attention
 from downriver.models.model import CAN, HEAD, MODULE, SETTINGS, Kind, Model, Pooling, quiet
 from downriver.models.small import from_source
 from downriver.models.surgery import restore
@@ -191,6 +192,7 @@ def _backbone(folder: Path, kind: Kind | None, options: dict[str, Any]) -> Model
     ):
         backbone.pooler = None  # the checkpoint has none: better without than with a random one
     restore(backbone)
+    restore_linear_attention(backbone, folder)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         what = f"{len(missing)} tensors of a {kind} {type(backbone).__name__}, first {missing[0]!r}"

@@ -108,6 +108,20 @@ def gated_mlps(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     return found
 
 
+def attention_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The attention blocks that use transformers' common attention interface: the name of each, and the block.
+
+    Llama, Mistral, Qwen, Gemma, GPT-NeoX, GPT-2, OPT, BERT, RoBERTa, ViT and their like.
+
+    >>> from downriver.models import small
+    >>> [name for name, _ in attention_blocks(small("causal-lm", "nano").backbone)]
+    ['model.layers.0.self_attn', 'model.layers.1.self_attn']
+    """
+    expected = ("is_causal", "scaling", "config")
+    found = [(name, module) for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
+    return [(name, module) for name, module in found if all(hasattr(module, part) for part in expected)]
+
+
 def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     """Put a threshold on the gate of every gated block, in place, and write them into the configuration.
 

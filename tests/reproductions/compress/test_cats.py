@@ -27,12 +27,6 @@ def test_it_runs_at_tiny_scale(tmp_path):
         dataclasses.replace(module.reproduction, scale="huge").arms()
 
 
-def test_no_file_is_in_both_splits():
-    task = module.sources(0, texts=200)
-    assert len(task.rows("train")) == 200 and len(task.rows("validation")) == 200
-    assert not set(task.rows("train")["text"]) & set(task.rows("validation")["text"])
-
-
 def test_the_claims_fail_when_the_threshold_costs_more():
     rows = [
         {"arm": arm, "seed": seed, "task": "", "metric": metric, "value": value + 0.001 * seed, "direction": "lower"}

@@ -8,22 +8,20 @@ counts is the perplexity on files that were not trained on.
 
 import functools
 import math
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
 from downriver.adapt import lora
 from downriver.compress import cats, gate_sparsity
-from downriver.core import Budget, InputError, Measurement, generator
+from downriver.core import Budget, InputError, Measurement
 from downriver.evaluate.evaluate import evaluate
 from downriver.models import Model, small
 from downriver.models.surgery import gated_mlps
 from downriver.reproductions.paper import Paper
+from downriver.reproductions.python_sources import python_sources
 from downriver.study import Arm, below, better, shared, study
 from downriver.tasks.task import Task
 from downriver.training.engine import clone, fine_tune
@@ -76,7 +74,7 @@ def reproduction(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
 
     @shared
     def task() -> Task:
-        return sources(seed, texts=steps * BATCH)
+        return python_sources("cats", seed, texts=steps * BATCH, characters=CHARACTERS)
 
     @shared
     def dense() -> Model:
@@ -120,26 +118,6 @@ def reproduction(seed: int, budget: Budget | None, scale: str) -> Iterator[Arm]:
 def loss(model: Model, task: Task) -> float:
     """Perplexity on the held-out files."""
     return math.exp(next(row.value for row in evaluate(model, task, split="validation") if row.metric == "loss"))
-
-
-def sources(seed: int, texts: int) -> Task:
-    """Passages of the standard library's modules; held-out ones come from other files."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    order = generator("cats files", seed).permutation(len(files))
-    held = set(order[: len(files) // 10].tolist())
-    rng = generator("cats passages", seed)
-
-    def passages(inside: bool, count: int) -> Dataset:
-        found = []
-        for number, file in enumerate(files):
-            if (number in held) == inside:
-                text = file.read_text(encoding="utf-8", errors="replace")
-                found += [text[i : i + CHARACTERS] for i in range(0, len(text) - CHARACTERS, CHARACTERS)]
-        chosen = rng.permutation(len(found))[:count]
-        return Dataset.from_dict({"text": [found[i] for i in chosen]})
-
-    splits = {"train": passages(False, texts), "validation": passages(True, 200)}
-    return Task("standard library", "language-modelling", splits, ("text",), None)
 
 
 studies = (reproduction,)
