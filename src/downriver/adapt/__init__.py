@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.adapt.alignguard_lora import AlignGuard as AlignGuard
+    from downriver.adapt.alignguard_lora import alignguard_lora as alignguard_lora
+    from downriver.adapt.alignguard_lora import alignment_drift as alignment_drift
+    from downriver.adapt.alignguard_lora import update_norm as update_norm
     from downriver.adapt.alignment_recovery import RecoveryResult as RecoveryResult
     from downriver.adapt.alignment_recovery import recover_alignment as recover_alignment
     from downriver.adapt.distill_weighted import MultiSourceDistiller as MultiSourceDistiller
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from downriver.adapt.edit.apply import apply_edit as apply_edit
     from downriver.adapt.edit.covariance import key_covariance as key_covariance
     from downriver.adapt.edit.requests import recalls as recalls
+    from downriver.adapt.fisher import FisherSubspace as FisherSubspace
     from downriver.adapt.fixmatch import fixmatch as fixmatch
     from downriver.adapt.full import full as full
     from downriver.adapt.kaft import kaft as kaft
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from downriver.training.trainer import Term as Term
 
 METHODS = {
+    "alignguard_lora": "downriver.adapt.alignguard_lora:alignguard_lora",
     "distill_nearest": "downriver.adapt.distill_weighted:distill_nearest",
     "distill_weighted": "downriver.adapt.distill_weighted:distill_weighted",
     "full": "downriver.adapt.full:full",
@@ -50,7 +56,9 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     METHODS
     | {
+        "AlignGuard": "downriver.adapt.alignguard_lora:AlignGuard",
         "EditResult": "downriver.adapt.edit.apply:EditResult",
+        "FisherSubspace": "downriver.adapt.fisher:FisherSubspace",
         "InstructionPacker": "downriver.adapt.opt_iml:InstructionPacker",
         "LoRAMoE": "downriver.adapt.loramoe:LoRAMoE",
         "LoRAMoEConfig": "downriver.adapt.loramoe:LoRAMoEConfig",
@@ -60,6 +68,7 @@ __getattr__, __dir__, __all__ = attach(
         "SourceModel": "downriver.adapt.multi_teacher:SourceModel",
         "Term": "downriver.training.trainer:Term",
         "add_loramoe": "downriver.adapt.loramoe:add_loramoe",
+        "alignment_drift": "downriver.adapt.alignguard_lora:alignment_drift",
         "apply_edit": "downriver.adapt.edit.apply:apply_edit",
         "fine_tune": "downriver.training.engine:fine_tune",
         "fixmatch": "downriver.adapt.fixmatch:fixmatch",
@@ -75,5 +84,6 @@ __getattr__, __dir__, __all__ = attach(
         "train_subnetwork": "downriver.adapt.subnetwork:train_subnetwork",
         "task_weights": "downriver.adapt.distill_weighted:task_weights",
         "to_peft_adapters": "downriver.adapt.loramoe_files:to_peft_adapters",
+        "update_norm": "downriver.adapt.alignguard_lora:update_norm",
     },
 )

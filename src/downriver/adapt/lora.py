@@ -117,7 +117,7 @@ def add_adapter(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=target_modules or _targets(model.backbone),
+        target_modules=target_modules or linear_layers(model.backbone),
         task_type="CAUSAL_LM" if model.kind == "causal-lm" else None,
     )
     with seeded("lora", seed), warnings.catch_warnings():
@@ -125,7 +125,7 @@ def add_adapter(
         try:
             model.backbone = get_peft_model(model.backbone, settings)
         except ValueError as error:
-            known = sorted({name.split(".")[-1] for name in _targets(model.backbone)})
+            known = sorted({name.split(".")[-1] for name in linear_layers(model.backbone)})
             raise InputError(
                 f"target_modules {target_modules!r}: {error} (layers there are: {', '.join(known)})"
             ) from None
@@ -153,8 +153,13 @@ def _check(rank: int, alpha: int, dropout: float) -> None:
         raise InputError(f"dropout is {dropout}: from 0 to below 1 is expected")
 
 
-def _targets(backbone: Any) -> list[str]:
-    """The names of all linear layers but the LM head; of all convolutions where there is no linear layer."""
+def linear_layers(backbone: Any) -> list[str]:
+    """The names of all linear layers but the LM head; of all convolutions where there is no linear layer.
+
+    >>> from downriver.models import small
+    >>> len(linear_layers(small("causal-lm", "nano").backbone))
+    14
+    """
     lm_head = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
     for types in ((nn.Linear, Conv1D), (nn.Conv2d,)):
         found = [name for name, layer in backbone.named_modules() if isinstance(layer, types) and layer is not lm_head]
