@@ -11,6 +11,7 @@ from downriver.reproductions.adapt import alignguard_lora as module
 from downriver.study.claims import verdicts
 
 
+@pytest.mark.slow
 def test_it_runs_at_tiny_scale(tmp_path):
     [listed] = find("alignguard")
     assert (listed.number, listed.room, listed.title) == (25, "adapt", module.paper.title)

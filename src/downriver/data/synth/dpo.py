@@ -54,6 +54,23 @@ def dpo(
     >>> bool(after[0] - after[1] > before[0] - before[1])
     True
     """
+    rows, settings = prepared(model, pairs, beta=beta, nll_weight=nll_weight, seed=seed)
+    return fine_tune(
+        model,
+        rows,
+        _doubled(budget, len(pairs)),
+        learning_rate=learning_rate,
+        batch_size=2 * batch_size,
+        seed=seed,
+        **settings,
+    )
+
+
+def prepared(
+    model: Model, pairs: Sequence[Pair], *, beta: float = 0.1, nll_weight: float = 0.0, seed: int = 0
+) -> tuple[TokenRows, dict[str, Any]]:
+    """What ``dpo`` trains on, for another trainer: its rows, two a pair, and ``objective`` and ``order`` for
+    ``fine_tune`` or ``train_subnetwork``, whose batches must be even. The model is the reference."""
     if not pairs:
         raise InputError("pairs are empty: at least one (prompt, preferred, rejected) is expected")
     if nll_weight < 0:
@@ -72,16 +89,8 @@ def dpo(
         loss = dpo_loss(policy[::2], policy[1::2], ref[::2], ref[1::2], beta).mean()
         return {"loss": loss + nll_weight * nll_anchor(policy[::2], tokens[::2]), "logits": logits}
 
-    return fine_tune(
-        model,
-        TokenRows("pairs", {"train": table}, pad=_pad(model)),
-        _doubled(budget, len(pairs)),
-        learning_rate=learning_rate,
-        batch_size=2 * batch_size,
-        seed=seed,
-        objective=objective,
-        order=_pairwise(len(pairs), seed),
-    )
+    settings: dict[str, Any] = {"objective": objective, "order": _pairwise(len(pairs), seed)}
+    return TokenRows("pairs", {"train": table}, pad=_pad(model)), settings
 
 
 def sft(
