@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from downriver.adapt.opt_iml import opt_iml as opt_iml
     from downriver.adapt.prompt_ft import PromptClassifier as PromptClassifier
     from downriver.adapt.subnetwork import train_subnetwork as train_subnetwork
+    from downriver.adapt.unsupervised_prompts import UnsupervisedPromptLearner as UnsupervisedPromptLearner
     from downriver.training.engine import fine_tune as fine_tune
     from downriver.training.trainer import Term as Term
 
@@ -66,6 +67,7 @@ __getattr__, __dir__, __all__ = attach(
         "PromptClassifier": "downriver.adapt.prompt_ft:PromptClassifier",
         "RecoveryResult": "downriver.adapt.alignment_recovery:RecoveryResult",
         "SourceModel": "downriver.adapt.multi_teacher:SourceModel",
+        "UnsupervisedPromptLearner": "downriver.adapt.unsupervised_prompts:UnsupervisedPromptLearner",
         "Term": "downriver.training.trainer:Term",
         "add_loramoe": "downriver.adapt.loramoe:add_loramoe",
         "alignment_drift": "downriver.adapt.alignguard_lora:alignment_drift",
