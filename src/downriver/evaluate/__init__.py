@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from downriver.core.lazy import attach
 
 if TYPE_CHECKING:
+    from downriver.evaluate.code_metrics import exact_match_at_k as exact_match_at_k
+    from downriver.evaluate.code_metrics import pass_at_k as pass_at_k
     from downriver.evaluate.collapse import Collapsed as Collapsed
     from downriver.evaluate.collapse import CollapseGuard as CollapseGuard
     from downriver.evaluate.collapse import CollapseWarning as CollapseWarning
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from downriver.evaluate.predict import predict as predict
     from downriver.evaluate.retention import retention as retention
     from downriver.evaluate.retrieval import half_document_retrieval as half_document_retrieval
+    from downriver.evaluate.sandbox import run_python as run_python
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -49,14 +52,17 @@ __getattr__, __dir__, __all__ = attach(
         "ccgp": "downriver.evaluate.geometry:ccgp",
         "evaluate": "downriver.evaluate.evaluate:evaluate",
         "evaluate_generalization": "downriver.evaluate.generalization:evaluate_generalization",
+        "exact_match_at_k": "downriver.evaluate.code_metrics:exact_match_at_k",
         "geometry_report": "downriver.evaluate.geometry:geometry_report",
         "half_document_retrieval": "downriver.evaluate.retrieval:half_document_retrieval",
         "knowledge_conflict_eval": "downriver.evaluate.context_use:knowledge_conflict_eval",
         "layer_features": "downriver.evaluate.layers:layer_features",
         "parallelism_score": "downriver.evaluate.geometry:parallelism_score",
         "participation_ratio": "downriver.evaluate.geometry:participation_ratio",
+        "pass_at_k": "downriver.evaluate.code_metrics:pass_at_k",
         "perplexity": "downriver.evaluate.perplexity:perplexity",
         "predict": "downriver.evaluate.predict:predict",
+        "run_python": "downriver.evaluate.sandbox:run_python",
         "random_task": "downriver.evaluate.geometry_task:random_task",
         "retention": "downriver.evaluate.retention:retention",
         "surrogate_validity": "downriver.evaluate.collapse:surrogate_validity",
