@@ -45,6 +45,8 @@ class FeatureMap(nn.Module):
     True
     """
 
+    omega: Tensor
+
     def __init__(self, kind: str, heads: int, dim: int, length: int = 2048, seed: int = 0) -> None:
         super().__init__()
         if kind not in FEATURE_MAPS:
