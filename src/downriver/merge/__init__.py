@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from downriver.merge.adapter import extract_adapter as extract_adapter
     from downriver.merge.average import Average as Average
     from downriver.merge.average import average as average
+    from downriver.merge.bam import bam as bam
     from downriver.merge.breadcrumbs import Breadcrumbs as Breadcrumbs
     from downriver.merge.breadcrumbs import breadcrumbs as breadcrumbs
     from downriver.merge.dare import Dare as Dare
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from downriver.merge.method import Method as Method
     from downriver.merge.model_stock import ModelStock as ModelStock
     from downriver.merge.model_stock import model_stock as model_stock
+    from downriver.merge.moe_report import MoEReport as MoEReport
+    from downriver.merge.moe_report import moe_report as moe_report
     from downriver.merge.passthrough import Passthrough as Passthrough
     from downriver.merge.passthrough import stack as stack
     from downriver.merge.patch import patch_checkpoint as patch_checkpoint
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "average": "downriver.merge.average:average",
+    "bam": "downriver.merge.bam:bam",
     "breadcrumbs": "downriver.merge.breadcrumbs:breadcrumbs",
     "dare": "downriver.merge.dare:dare",
     "della": "downriver.merge.della:della",
@@ -87,6 +91,7 @@ __getattr__, __dir__, __all__ = attach(
         "MergeReport": "downriver.merge.report:MergeReport",
         "Method": "downriver.merge.method:Method",
         "ModelStock": "downriver.merge.model_stock:ModelStock",
+        "MoEReport": "downriver.merge.moe_report:MoEReport",
         "Passthrough": "downriver.merge.passthrough:Passthrough",
         "Sce": "downriver.merge.sce:Sce",
         "Slerp": "downriver.merge.slerp:Slerp",
@@ -103,6 +108,7 @@ __getattr__, __dir__, __all__ = attach(
         "graft": "downriver.merge.skill_grafting:graft",
         "localize_skill": "downriver.merge.skill_grafting:localize_skill",
         "merge": "downriver.merge.engine:merge",
+        "moe_report": "downriver.merge.moe_report:moe_report",
         "open_store": "downriver.merge.stores:open_store",
         "patch_checkpoint": "downriver.merge.patch:patch_checkpoint",
         "quantile": "downriver.nn.select:quantile",

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from downriver.models.compute_graph import compute_graph as compute_graph
     from downriver.models.images import ImageProcessor as ImageProcessor
     from downriver.models.load import load as load
+    from downriver.models.mixture import MixtureConfig as MixtureConfig
+    from downriver.models.mixture import MixtureForCausalLM as MixtureForCausalLM
+    from downriver.models.mixture_export import export_mixture as export_mixture
     from downriver.models.model import Model as Model
     from downriver.models.small import small as small
     from downriver.models.small import small_language_model as small_language_model
@@ -29,11 +32,14 @@ __getattr__, __dir__, __all__ = attach(
     {
         "ComputeGraph": "downriver.models.compute_graph:ComputeGraph",
         "ImageProcessor": "downriver.models.images:ImageProcessor",
+        "MixtureConfig": "downriver.models.mixture:MixtureConfig",
+        "MixtureForCausalLM": "downriver.models.mixture:MixtureForCausalLM",
         "Model": "downriver.models.model:Model",
         "bpe_tokenizer": "downriver.models.tokenizers:bpe_tokenizer",
         "builtin_names": "downriver.models.builtin:builtin_names",
         "byte_tokenizer": "downriver.models.tokenizers:byte_tokenizer",
         "compute_graph": "downriver.models.compute_graph:compute_graph",
+        "export_mixture": "downriver.models.mixture_export:export_mixture",
         "load": "downriver.models.load:load",
         "small": "downriver.models.small:small",
         "small_language_model": "downriver.models.small:small_language_model",

@@ -179,9 +179,10 @@ class Model(nn.Module):
 
         Logits are (n, K) for classification, (n, 1) for regression and for similarity (the cosine of the two texts'
         features), (n, tokens, vocabulary) for a language model. The loss is the mean cross-entropy (over predicted
-        tokens for a language model) or the mean squared error.
+        tokens for a language model) or the mean squared error; in training, that of a mixture of experts has the
+        losses of its routers in it.
         """
-        labels = batch.pop("labels", None)
+        labels, extra = batch.pop("labels", None), None
         if "second_input_ids" in batch:
             second = {k.removeprefix("second_"): v for k, v in batch.items() if k.startswith("second_")}
             logits = F.cosine_similarity(self.features(**batch), self.features(**second))[:, None]
@@ -191,10 +192,14 @@ class Model(nn.Module):
             logits = self.features(**batch)
         elif self.kind in ("causal-lm", "masked-lm"):
             settings = {"use_cache": False} if "position_ids" in batch else {}  # with a cache, packing goes unseen
-            logits = self.backbone(**batch, **settings).logits
+            outputs = self.backbone(**batch, **settings)
+            logits, extra = outputs.logits, getattr(outputs, "router_loss", None)
         else:
             raise InputError(f"the {self.kind} {self.source} has no head: give it one with with_head(task)")
-        return {"logits": logits} if labels is None else {"loss": self._loss(logits, labels), "logits": logits}
+        if labels is None:
+            return {"logits": logits}
+        loss = self._loss(logits, labels)
+        return {"loss": loss if extra is None else loss + extra, "logits": logits}
 
     def with_head(self, task: TaskLike) -> "Model":
         """A deep copy with a fresh head for the task: Linear(d, K) for K classes, Linear(d, 1) for regression.

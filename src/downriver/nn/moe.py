@@ -145,19 +145,22 @@ _open: contextvars.ContextVar[Routing | None] = contextvars.ContextVar("routing"
 def routing_context(types: Tensor | None = None, mask: Tensor | None = None) -> Iterator[Routing]:
     """Within the block every layer with experts reports its routing; a second forward pass replaces the first one's.
 
-    ``types`` (B): the type of every sample; ``mask`` (B, T): 1 for real tokens, 0 for padding.
+    A context within another one hands on what it was told. ``types`` (B): the type of every sample; ``mask`` (B, T):
+    1 for real tokens, 0 for padding.
 
     >>> with routing_context() as routing:
     ...     report("layer 0", route(torch.zeros(1, 5, 2)))
     >>> routing.layers["layer 0"].gates.shape
     torch.Size([1, 5, 2])
     """
-    routing = Routing(types, mask)
+    routing, around = Routing(types, mask), _open.get()
     token = _open.set(routing)
     try:
         yield routing
     finally:
         _open.reset(token)
+        if around is not None:
+            around.layers |= routing.layers
 
 
 def report(layer: str, routed: Routed) -> None:
