@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from downriver.core.errors import InputError
 from downriver.merge import (
@@ -29,6 +29,8 @@ from downriver.merge import (
     task_arithmetic,
     ties,
 )
+from downriver.merge.stores import Store
+from downriver.models import small_language_model, word_tokenizer
 
 State = dict[str, Tensor]
 
@@ -175,13 +177,13 @@ GOOD: dict[str, Any] = {"merge_method": "ties", "base_model": "base", "models": 
         ({"chat_template": "x"}, "'chat_template'"),
         ({"merge_method": "karcher"}, "'karcher'"),
         ({"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]}, "slerp: 3 models"),
-        ({"merge_method": "model_stock", "parameters": {"filter_wise": True}}, "filter_wise"),
+        ({"merge_method": "model_stock", "parameters": {"filter_wise": 1}}, "filter_wise is 1"),
         ({"merge_method": "della", "parameters": {"epsilon": 0.6}}, "epsilon is 0.6"),
         ({"merge_method": "dare_ties", "models": [entry("a", t=0.5)]}, "'t'"),
         ({"merge_method": "sce", "parameters": {"select_topk": 3}}, "select_topk is 3"),
         ({"merge_method": "passthrough", "models": [entry("a"), entry("b")]}, "passthrough: 2 models"),
         ({"merge_method": "tie"}, "did you mean 'ties'"),
-        ({"tokenizer_source": "union"}, "tokenizer_source"),
+        ({"tokenizer_source": "other"}, "tokenizer_source .other."),
         ({"compat": "peft"}, "compat 'peft'"),
         ({"base_model": None}, "base_model"),
         ({"models": []}, "models: a list"),
@@ -305,6 +307,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "dare_ties": WEIGHTS | {"parameters": {"density": 1.0}},
     "della": WEIGHTS | {"parameters": {"density": 1.0}},
     "model_stock": {"models": [entry("a"), entry("b")]},
+    "model_stock by filter": {"models": [entry("a"), entry("b")], "parameters": {"filter_wise": True}},
     "sce": {"models": [entry("a"), entry("b")], "parameters": {"select_topk": 0.3}},
     "slerp": {"models": [entry("base"), entry("a")], "parameters": {"t": [0.2, 0.8]}},
     "passthrough": {
@@ -323,22 +326,53 @@ def test_mergekit_itself_gives_the_same(tmp_path: Path, llamas: dict[str, Path],
     python = os.environ.get("DOWNRIVER_MERGEKIT")
     if not python:
         pytest.skip("DOWNRIVER_MERGEKIT names no python with mergekit")
-    config = {"merge_method": name, "dtype": "float32"} | SHARED[name]
+    config = {"merge_method": name.split()[0], "dtype": "float32"} | SHARED[name]
     if name not in ("linear", "passthrough"):
         config["base_model"] = "base"
-    for file, text in {"ours": config | {"compat": "mergekit"}, "theirs": config}.items():
-        paths = re.sub(r"(model: )(a|b|base)\n", rf"\1{tmp_path}/\2\n", yaml.safe_dump(text))
-        (tmp_path / f"{file}.yaml").write_text(paths)
-    command = [str(Path(python).parent / "mergekit-yaml"), "--no-copy-tokenizer", "theirs.yaml", "theirs"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    read_mergekit(tmp_path / "ours.yaml").merge(tmp_path / "ours")
-    found, expected = (open_store(tmp_path / which) for which in ("ours", "theirs"))
+    found, expected = both(tmp_path, python, config, "--no-copy-tokenizer")
     assert set(found.names()) == set(expected.names())
     for tensor in expected.names():
         size = math.prod(expected.shape(tensor))
         ours, theirs = (store.read(tensor, 0, size) for store in (found, expected))
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7, msg=f"{name}, {tensor}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear", "ties"])
+@pytest.mark.parametrize("vocabulary", ["base", "union"])
+def test_mergekit_aligns_vocabularies_alike(tmp_path: Path, name: str, vocabulary: str) -> None:
+    """Token by token: the two number the tokens of a union differently."""
+    python = os.environ.get("DOWNRIVER_MERGEKIT")
+    if not python:
+        pytest.skip("DOWNRIVER_MERGEKIT names no python with mergekit")
+    weights = {"base": 0.2, "a": 0.3, "b": 0.5}
+    words = {"base": "red square and circle", "a": "a red red line", "b": "line and square square of blue"}
+    for seed, (folder, text) in enumerate(words.items()):
+        lm = small_language_model("causal-lm", word_tokenizer([text]), width=8, heads=2, seed=seed)
+        lm.save(tmp_path / folder)
+    config = {"merge_method": name, "base_model": "base", "dtype": "float32", "tokenizer_source": vocabulary}
+    config |= SHARED["ties"] if name == "ties" else {"models": [entry(m, weight=w) for m, w in weights.items()]}
+    found, expected = both(tmp_path, python, config)
+    ours, theirs = (AutoTokenizer.from_pretrained(tmp_path / which).get_vocab() for which in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and ("blue" in ours) == (vocabulary == "union")
+    for tensor in expected.names():
+        shape = expected.shape(tensor)
+        mine, its = (s.read(tensor, 0, math.prod(shape)).view(shape) for s in (found, expected))
+        if shape[0] == len(theirs):
+            mine, its = (torch.stack([t[v[token]] for token in ours]) for t, v in ((mine, ours), (its, theirs)))
+        torch.testing.assert_close(mine, its, rtol=2e-6, atol=2e-7, msg=f"{name}, {tensor}")
+
+
+def both(folder: Path, python: str, config: dict[str, Any], *options: str) -> tuple[Store, Store]:
+    """What we and mergekit make of a file."""
+    for file, text in {"ours": config | {"compat": "mergekit"}, "theirs": config}.items():
+        paths = re.sub(r"(model: )(a|b|base)\n", rf"\1{folder}/\2\n", yaml.safe_dump(text))
+        (folder / f"{file}.yaml").write_text(paths)
+    command = [str(Path(python).parent / "mergekit-yaml"), *options, "theirs.yaml", "theirs"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read_mergekit(folder / "ours.yaml").merge(folder / "ours")
+    return open_store(folder / "ours"), open_store(folder / "theirs")
 
 
 def test_the_file_at_fault_is_named(tmp_path: Path) -> None:

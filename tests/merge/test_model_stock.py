@@ -42,6 +42,18 @@ def test_limits():
     assert 0 < float(between.norm() / mean.norm()) < 1
 
 
+def test_every_filter_has_its_own_angle(monkeypatch):
+    whole = model_stock(MODELS, BASE, filter_wise=True)
+    for row in range(19):
+        alone = model_stock([{"w": m["w"][row]} for m in MODELS], {"w": BASE["w"][row]})
+        torch.testing.assert_close(whole["w"][row], alone["w"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(whole["b"], model_stock(MODELS, BASE)["b"], rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr("downriver.merge.plan.LARGEST", 16)  # blocks of few rows
+    monkeypatch.setattr("downriver.merge.plan.SMALLEST", 1)
+    in_pieces = model_stock(MODELS, BASE, filter_wise=True)
+    assert all(torch.equal(in_pieces[name], whole[name]) for name in BASE)
+
+
 def test_one_model_is_refused():
     with pytest.raises(InputError, match="model_stock: one model, two at least"):
         model_stock([MODELS[0]], BASE)

@@ -76,3 +76,13 @@ class _Bare(torch.nn.Module):
 
     def get_output_embeddings(self) -> None:
         return None
+
+
+def test_special_tokens_without_a_role_are_compared_by_spelling():
+    old, new = word_tokenizer(["red square"]), word_tokenizer(["red circle"])
+    for tokenizer in (old, new):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    new.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|new|>"]})
+    turn, other = new.convert_tokens_to_ids(["<|turn|>", "<|new|>"])
+    shared = shared_tokens(old, new)
+    assert shared[turn] == old.convert_tokens_to_ids("<|turn|>") and other not in shared

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from downriver.merge.task_arithmetic import task_arithmetic as task_arithmetic
     from downriver.merge.ties import Ties as Ties
     from downriver.merge.ties import ties as ties
+    from downriver.merge.vocabulary import align_vocabularies as align_vocabularies
     from downriver.nn.select import kth_magnitude as kth_magnitude
     from downriver.nn.select import quantile as quantile
 
@@ -97,6 +98,7 @@ __getattr__, __dir__, __all__ = attach(
         "Slerp": "downriver.merge.slerp:Slerp",
         "TaskArithmetic": "downriver.merge.task_arithmetic:TaskArithmetic",
         "Ties": "downriver.merge.ties:Ties",
+        "align_vocabularies": "downriver.merge.vocabulary:align_vocabularies",
         "conflicts": "downriver.merge.inspect:conflicts",
         "DeltaReport": "downriver.merge.rl_subnetwork:DeltaReport",
         "delta_stats": "downriver.merge.rl_subnetwork:delta_stats",

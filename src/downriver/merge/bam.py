@@ -33,6 +33,7 @@ from downriver.merge.bam_tensors import Entry, check_alike, entries, mixture_con
 from downriver.merge.engine import combine
 from downriver.merge.method import Method
 from downriver.merge.stores import Source, Store, open_store
+from downriver.merge.vocabulary import tokenizer_of
 from downriver.merge.writer import ShardWriter, Slot
 from downriver.models.mixture import MixedAttention, MixtureConfig, MixtureForCausalLM
 from downriver.models.model import Model, quiet
@@ -245,21 +246,14 @@ def _names(given: Sequence[str] | None, stores: Sequence[Store]) -> list[str]:
 def _check_vocabularies(sources: Sequence[Any], stores: Sequence[Store]) -> None:
     """Where tokenizers are known, they must give equal numbers to equal tokens."""
 
-    def vocabulary(source: Any, store: Store) -> dict[str, int] | None:
-        if isinstance(source, Model):
-            return source.processor.get_vocab() if hasattr(source.processor, "get_vocab") else None
-        if store.folder is None or not any((store.folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
-            return None
-        return transformers.AutoTokenizer.from_pretrained(store.folder).get_vocab()
-
-    mine = vocabulary(sources[0], stores[0])
-    for source, store in zip(sources[1:], stores[1:], strict=True):
-        its = vocabulary(source, store)
+    found = [tokenizer_of(source, store) for source, store in zip(sources, stores, strict=True)]
+    mine, *theirs = [None if tokenizer is None else tokenizer.get_vocab() for tokenizer in found]
+    for store, its in zip(stores[1:], theirs, strict=True):
         if mine is not None and its is not None and its != mine:
             odd = ", ".join(repr(token) for token, _ in sorted(mine.items() ^ its.items())[:3])
             raise InputError(
                 f"{store.label} has another vocabulary than the base {stores[0].label} (at {odd}): "
-                "align it first, as models.vocabulary.swap_vocabulary does"
+                "swap it first, as models.vocabulary.swap_vocabulary does"
             )
 
 

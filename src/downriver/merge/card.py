@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from downriver.core.measurement import current_versions
+from downriver.merge.plan import rows_of_tokens
 from downriver.merge.stores import Store
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _LEFT = {"README.md", ".gitattributes"}
 
 
-def copy_files(base: Any, store: Store, out: Path, dtype: torch.dtype | None) -> bool:
+def copy_files(base: Any, store: Store, out: Path, dtype: torch.dtype | None, tokenizer: Any = None) -> bool:
     """Put the base's configuration, tokenizer and generation files into ``out``, and the new type into the config.
+
+    A new ``tokenizer`` replaces the base's, and the configuration gets the rows that the store then has.
 
     Says whether whoever loads the folder ties embeddings itself, so that tied tensors need to be written only once.
     """
@@ -33,6 +36,8 @@ def copy_files(base: Any, store: Store, out: Path, dtype: torch.dtype | None) ->
             if file.is_file() and small and not hidden and file.name not in _LEFT:
                 (out / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, out / place)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
     for part in ("config", "generation_config"):
         if hasattr(getattr(base, part, None), "save_pretrained"):
             getattr(base, part).save_pretrained(out)
@@ -45,7 +50,9 @@ def copy_files(base: Any, store: Store, out: Path, dtype: torch.dtype | None) ->
         config.pop("torch_dtype", None)
     if store.layers is not None:
         _restack(config, store.layers)
-    if dtype is not None or store.layers is not None:
+    if tokenizer is not None:
+        config.get("text_config", config)["vocab_size"] = rows_of_tokens(store)
+    if dtype is not None or store.layers is not None or tokenizer is not None:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return _ties(config)
 

@@ -101,7 +101,10 @@ class Della(Sparsified):
     name: ClassVar[str] = "della"
     per_tensor: ClassVar[tuple[str, ...]] = ("density", "epsilon", "weights", "lam")
     rescales: ClassVar[tuple[Rescale, ...]] = ("probability", "l1", None)
-    whole_rows: ClassVar[bool] = True
+
+    @property
+    def whole_rows(self) -> bool:
+        return True
 
     def check(self, models: int) -> None:
         super().check(models)

@@ -18,7 +18,7 @@ from downriver.core.errors import InputError, unknown
 from downriver.core.io import atomic_folder
 from downriver.merge import card
 from downriver.merge.method import Method, Tally
-from downriver.merge.plan import MAX_BYTES, Entry, Mismatch, Overrides, Pattern, Plan, plan
+from downriver.merge.plan import MAX_BYTES, Entry, Mismatch, Overrides, Pattern, Plan, Vocabulary, plan
 from downriver.merge.report import MergeReport, report_of
 from downriver.merge.stores import HEAD_FILE, HEAD_PREFIX, Source, module_state, without_adapters
 from downriver.merge.writer import SHARD_SIZE, ShardWriter, Slot
@@ -39,6 +39,7 @@ def merge(
     exclude: Pattern = None,
     params: Overrides | None = None,
     on_mismatch: Mismatch = "error",
+    vocabulary: Vocabulary | None = None,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
     device: str | torch.device | None = None,
@@ -76,6 +77,10 @@ def merge(
     on_mismatch
         What to do where names or shapes differ: ``error`` lists all differences; ``skip`` takes such tensors from the
         base; ``slice-embed`` merges the rows that all vocabularies have and takes the base's further rows.
+    vocabulary
+        Align models of different tokenizers row by row first, to the base's tokens (``base``) or to all that there are
+        (``union``; the result then has such a tokenizer): see ``align_vocabularies``. By default rows are taken as they
+        are.
     shard_size
         Bytes of a shard, 5 GB by default.
     overwrite
@@ -107,9 +112,19 @@ def merge(
     """
     started = time.perf_counter()
     out, method, dtype, out_dtype = Path(out), resolve(method), as_dtype(dtype), as_dtype(out_dtype)
+    ground, tokenizer = base, None
+    if vocabulary is not None:
+        from downriver.merge.vocabulary import align_vocabularies  # transformers is loaded only for it
+
+        aligned = align_vocabularies(models, base, vocabulary)
+        models, tokenizer = aligned.models, aligned.tokenizer
+        if tokenizer is not None:
+            ground = aligned.base
+            if isinstance(base, Mapping | nn.Module):
+                raise InputError("a union of vocabularies needs a base on disk: save it first")
     job = plan(
         models,
-        base,
+        ground,
         method,
         max_bytes=max_bytes,
         dtype=dtype,
@@ -129,7 +144,7 @@ def merge(
             model.to(dtype=out_dtype or dtype).save(part, overwrite=True)
             written = sum(t.numel() * t.element_size() for t in state.values())
         else:
-            ties_itself = card.copy_files(base, job.base, part, out_dtype or dtype)
+            ties_itself = card.copy_files(base, job.base, part, out_dtype or dtype, tokenizer)
             tallies, written = _stream(job, part, shard_size, once=ties_itself)
         report = report_of(job, tallies, out, written, time.perf_counter() - started)
         (part / "README.md").write_text(card.text(report, job.base), encoding="utf-8")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -23,7 +23,7 @@ from downriver.merge.engine import as_dtype, merge
 from downriver.merge.method import Method
 from downriver.merge.model_stock import ModelStock
 from downriver.merge.passthrough import Passthrough, stack
-from downriver.merge.plan import spread
+from downriver.merge.plan import Vocabulary, spread
 from downriver.merge.report import MergeReport
 from downriver.merge.sce import Sce
 from downriver.merge.slerp import Slerp
@@ -109,10 +109,11 @@ class MergeConfig:
     params: Callable[[str, float], Mapping[str, Any]]
     dtype: str | None
     out_dtype: str | None
+    vocabulary: Vocabulary | None = None
 
     def merge(self, out: str | os.PathLike[str], **settings: Any) -> MergeReport:
         """Merge into the folder ``out``; ``settings`` as in ``downriver.merge.merge``."""
-        kinds: Any = {"dtype": self.dtype, "out_dtype": self.out_dtype}
+        kinds: Any = {"dtype": self.dtype, "out_dtype": self.out_dtype, "vocabulary": self.vocabulary}
         return merge(self.models, self.base, self.method, out, params=self.params, **kinds, **settings)
 
 
@@ -125,12 +126,12 @@ def read_mergekit(config: str | os.PathLike[str] | Mapping[str, Any]) -> MergeCo
         A YAML file, or what one holds. ``models`` (each with ``model``, a folder, hub id or ``base+adapter``, and its
         ``parameters``) or ``slices`` (of ``sources`` with a ``layer_range``, see ``stack``), ``base_model``,
         ``merge_method``, ``parameters``, ``dtype`` (what is read is rounded to it), ``out_dtype``,
-        ``tokenizer_source: base``, and our ``compat: mergekit``. Parameters are those of mergekit's method: ``weight``,
-        ``density``, ``epsilon``, ``gamma``, ``lambda``, ``t``, ``select_topk`` and ``scale``, each a number, a list of
-        numbers spread over all layers, or a list of ``filter`` and ``value``; ``normalize``, ``rescale`` and
-        ``int8_mask`` (no effect, there as here). For the paper's TIES also ``scope``, ``elect`` and
-        ``majority_zero``, for DARE and DELLA ``seed``. Folders are looked for from the working directory, then beside
-        the file.
+        ``tokenizer_source: base`` or ``union`` (rows of tokens are aligned, see ``merge``), and our ``compat:
+        mergekit``. Parameters are those of mergekit's method: ``weight``, ``density``, ``epsilon``, ``gamma``,
+        ``lambda``, ``t``, ``select_topk`` and ``scale``, each a number, a list of numbers spread over all layers, or a
+        list of ``filter`` and ``value``; ``normalize``, ``rescale`` and ``int8_mask`` (no effect, there as here). For
+        the paper's TIES also ``scope``, ``elect`` and ``majority_zero``, for DARE and DELLA ``seed``. Folders are
+        looked for from the working directory, then beside the file.
 
     Raises
     ------
@@ -167,8 +168,9 @@ def _read(found: Mapping[str, Any], folder: Path) -> MergeConfig:
     if not isinstance(name, str) or name not in METHODS:
         raise unknown("merge_method", name, METHODS)
     reading = METHODS[name]
-    if found.get("tokenizer_source", "base") != "base":
-        raise InputError(f"tokenizer_source is {found['tokenizer_source']!r}: only 'base' is supported")
+    vocabulary = found.get("tokenizer_source")
+    if vocabulary is not None and vocabulary not in get_args(Vocabulary):
+        raise unknown("tokenizer_source", vocabulary, get_args(Vocabulary))
     compat = found.get("compat")
     if compat not in (None, "mergekit"):
         raise unknown("compat", compat, ["mergekit"])
@@ -204,7 +206,9 @@ def _read(found: Mapping[str, Any], folder: Path) -> MergeConfig:
         if not isinstance(value, str | None):
             raise InputError(f"{key} is {value!r}: the name of a type such as bfloat16 is expected")
         as_dtype(value)
-    return MergeConfig(sources, ground, method, lambda n, depth: _resolved(settings, reading, n, depth), *kinds)
+    return MergeConfig(
+        sources, ground, method, lambda n, depth: _resolved(settings, reading, n, depth), *kinds, vocabulary
+    )
 
 
 def _fields(shared: Mapping[str, Any], reading: _Reading, compat: str | None) -> dict[str, Any]:
@@ -214,8 +218,8 @@ def _fields(shared: Mapping[str, Any], reading: _Reading, compat: str | None) ->
     found: dict[str, Any] = {**reading.fixed} | {key: shared[key] for key in reading.ours if key in shared}
     if reading.kind in (TaskArithmetic, Ties) and flags["rescale"]:
         raise InputError("rescale: true is not supported for task_arithmetic and ties")
-    if flags.get("filter_wise"):
-        raise InputError("filter_wise: true is not supported: model_stock takes each tensor as a whole")
+    if reading.kind is ModelStock:
+        found["filter_wise"] = flags["filter_wise"]
     if reading.kind is Ties:
         return found | {"agg": "mean" if flags["normalize"] else "sum", "compat": compat}
     if "normalize" in flags:

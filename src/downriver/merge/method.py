@@ -79,13 +79,16 @@ class Method:
     name: ClassVar[str]
     per_tensor: ClassVar[tuple[str, ...]] = ("weights", "lam")
     """Parameters that may differ from tensor to tensor."""
-    whole_rows: ClassVar[bool] = False
-    """Whether a block must hold whole rows of its tensor."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             if isinstance(value := getattr(self, f.name), list):
                 object.__setattr__(self, f.name, tuple(value))
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a block must hold whole rows of its tensor."""
+        return False
 
     @property
     def needs_norms(self) -> bool:

@@ -1,7 +1,7 @@
 """Model Stock: how far to go from the base to the mean of fine-tuned models, from the angles between them.
 
 Reach for it with two or more fine-tunings of one base on one task, without validation data: nothing is to be tuned.
-Jang et al., "Model Stock: All we need is just a few fine-tuned models" (2024), tensor by tensor.
+Jang et al., "Model Stock: All we need is just a few fine-tuned models" (2024), tensor by tensor, or filter by filter.
 """
 
 import os
@@ -28,6 +28,7 @@ def model_stock(
     models: Sequence[Source],
     base: T,
     *,
+    filter_wise: bool = False,
     include: Pattern = None,
     exclude: Pattern = None,
     on_mismatch: Mismatch = "error",
@@ -39,6 +40,8 @@ def model_stock(
     ----------
     models, base
         At least two models and the one they were fine-tuned from, as in ``ties``.
+    filter_wise
+        An angle and a t for every row (output filter) of a tensor rather than for the tensor; vectors are one row.
     include, exclude, on_mismatch, out
         As in ``merge``.
 
@@ -55,19 +58,26 @@ def model_stock(
     >>> model_stock([{"w": torch.tensor([1.0, 0.0])}] * 2, base)
     {'w': tensor([1., 0.])}
     """
-    return combine(models, base, ModelStock(), include=include, exclude=exclude, on_mismatch=on_mismatch, out=out)
+    method = ModelStock(filter_wise=filter_wise)
+    return combine(models, base, method, include=include, exclude=exclude, on_mismatch=on_mismatch, out=out)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStock(Method):
     """Model Stock for ``merge``."""
 
+    filter_wise: bool = False
+
     name: ClassVar[str] = "model_stock"
     per_tensor: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def whole_rows(self) -> bool:
+        return self.filter_wise
+
+    @property
     def needs_sums(self) -> bool:
-        return True
+        return not self.filter_wise
 
     def check(self, models: int) -> None:
         super().check(models)
@@ -78,8 +88,7 @@ class ModelStock(Method):
 
     def measure(self, base: Tensor, models: Sequence[Tensor], known: Known) -> np.ndarray:
         """Inner products of all task vectors, (models, models)."""
-        taus = torch.stack([task_vector(model, base).view(-1) for model in models]).double()
-        return (taus @ taus.T).cpu().numpy()
+        return _products(models, base, base.numel())[0]
 
     def delta(self, base: Tensor, models: Sequence[Tensor], known: Known) -> tuple[Tensor, Tally]:
         total = torch.zeros_like(base, dtype=torch.float64)
@@ -87,14 +96,24 @@ class ModelStock(Method):
             total.add_(model)
         total.sub_(base, alpha=len(models))
         squares = [float(torch.linalg.vector_norm(task_vector(m, base), dtype=torch.float64)) ** 2 for m in models]
-        return total.mul_(self._share(known) / len(models)), Tally.plain(squares)
+        products = _products(models, base, known.row) if known.sums is None else known.sums[None]
+        share = torch.from_numpy(_share(products) / len(models)).to(total.device)
+        return total.view(len(share), -1).mul_(share[:, None]).view(-1), Tally.plain(squares)
 
-    def _share(self, known: Known) -> float:
-        """t; 0 where the models pull so far apart that no finite estimate exists."""
-        assert known.sums is not None
-        n, norms = len(known.sums), np.sqrt(known.sums.diagonal())
-        pairs = combinations(range(n), 2)
-        cosines = [np.clip(known.sums[i, j] / max(norms[i] * norms[j], TINY), -1, 1) for i, j in pairs]
-        cosine = float(np.mean(cosines))
-        below = 1 + (n - 1) * cosine
-        return 0.0 if abs(below) < TINY else n * cosine / below
+
+def _products(models: Sequence[Tensor], base: Tensor, row: int) -> np.ndarray:
+    """Inner products of all task vectors, row by row: (rows, models, models)."""
+    taus = torch.stack([task_vector(model, base).view(-1, row) for model in models], 1).double()
+    return (taus @ taus.mT).cpu().numpy()
+
+
+def _share(products: np.ndarray) -> np.ndarray:
+    """t of each row; 0 where the models pull so far apart that no finite estimate exists."""
+    n, norms = products.shape[1], np.sqrt(products.diagonal(axis1=1, axis2=2))
+    cosines = [
+        np.clip(products[:, i, j] / np.maximum(norms[:, i] * norms[:, j], TINY), -1, 1)
+        for i, j in combinations(range(n), 2)
+    ]
+    cosine = np.mean(cosines, axis=0)
+    below = 1 + (n - 1) * cosine
+    return np.divide(n * cosine, below, out=np.zeros_like(below), where=np.abs(below) >= TINY)

@@ -32,12 +32,14 @@ MAX_BYTES = 2**30
 """Working memory of a merge when none is declared: 1 GiB."""
 
 Mismatch = Literal["error", "skip", "slice-embed"]
+Vocabulary = Literal["base", "union"]
 Overrides = Mapping[str, Mapping[str, Any]] | Callable[[str, float], Mapping[str, Any]]
 Pattern = str | Sequence[str] | None
 T = TypeVar("T")
 
 LARGEST, LARGEST_ON_GPU, SMALLEST = 1 << 18, 1 << 22, 1 << 10  # elements of a block: 1 MiB of float32 fits the cache
 VOCABULARY = re.compile(r"(embed|wte|shared|lm_head|predictions|output_projection)")
+_NO_TOKENS = re.compile(r"(position|token_type|wpe\b|patch)")
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,20 @@ def spread(anchors: Sequence[Any], depth: float) -> Any:
     high = min(low + 1, len(anchors) - 1)
     mixed = (1 - (at - low)) * np.asarray(anchors[low], float) + (at - low) * np.asarray(anchors[high], float)
     return mixed.tolist()
+
+
+def rows_of_tokens(store: Store) -> int:
+    """Rows of the embedding of tokens, those beyond the tokenizer's tokens too."""
+    shapes = [store.shape(name) for name in store.names() if of_tokens(name)]
+    found = [shape[0] for shape in shapes if len(shape) == 2]
+    if not found:
+        raise InputError(f"{store.label} has no embedding of tokens")
+    return max(found)
+
+
+def of_tokens(name: str) -> bool:
+    """Whether a tensor's name is that of an embedding of tokens or of an output layer."""
+    return bool(VOCABULARY.search(name)) and not _NO_TOKENS.search(name)
 
 
 def _entries(

@@ -19,7 +19,8 @@ def shared_tokens(old: Any, new: Any) -> dict[int, int]:
     """Id in the new tokenizer to id in the old one, for every token that both have.
 
     Tokens are compared as the text they stand for, so that a leading space counts and the way in which a tokenizer
-    family writes it («Ġ», «▁», bytes) does not; special tokens are compared by their role, such as ``eos_token``.
+    family writes it («Ġ», «▁», bytes) does not; special tokens are compared by their role, such as ``eos_token``, and
+    those without one by their spelling.
 
     >>> from downriver.models import word_tokenizer
     >>> old, new = word_tokenizer(["red square"]), word_tokenizer(["a red circle"])
@@ -28,6 +29,8 @@ def shared_tokens(old: Any, new: Any) -> dict[int, int]:
     """
     known = {text: i for i, text in _texts(old).items()}
     found = {i: known[text] for i, text in _texts(new).items() if text in known}
+    special = _special(old)
+    found |= {i: special[token] for token, i in _special(new).items() if token in special}
     for role in ROLES:
         mine, its = (getattr(tokenizer, f"{role}_id", None) for tokenizer in (new, old))
         if mine is not None and its is not None:
@@ -79,9 +82,15 @@ def swap_vocabulary(model: Any, old: Any, new: Any, *, seed: int = 0) -> dict[in
     return shared
 
 
+def _special(tokenizer: Any) -> dict[str, int]:
+    """Tokens with a role, and added ones that are marked as special."""
+    marked = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | marked
+
+
 def _texts(tokenizer: Any) -> dict[int, str]:
     """What each token that is not special stands for, by its id."""
-    vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_ids)
+    vocabulary, special = tokenizer.get_vocab(), set(_special(tokenizer).values())
     if any(token.startswith("Ġ") for token in vocabulary):  # tokens of bytes, each written as a printable character
         byte = {character: b for b, character in bytes_to_unicode().items()}
         return {
