@@ -27,6 +27,7 @@ from downriver.models.linear_attention import restore_linear_attention
 from downriver.models.model import CAN, HEAD, MODULE, SETTINGS, Kind, Model, Pooling, quiet
 from downriver.models.small import from_source
 from downriver.models.surgery import restore
+from downriver.models.token_merging import restore_token_merging
 
 LONGEST = 512
 """Tokens at which texts are cut unless ``max_length`` says otherwise (or the model takes fewer)."""
@@ -193,6 +194,7 @@ def _backbone(folder: Path, kind: Kind | None, options: dict[str, Any]) -> Model
         backbone.pooler = None  # the checkpoint has none: better without than with a random one
     restore(backbone)
     restore_linear_attention(backbone, folder)
+    restore_token_merging(backbone, folder)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         what = f"{len(missing)} tensors of a {kind} {type(backbone).__name__}, first {missing[0]!r}"
