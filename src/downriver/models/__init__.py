@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from downriver.models.chat import SpendingLimit as SpendingLimit
     from downriver.models.compute_graph import ComputeGraph as ComputeGraph
     from downriver.models.compute_graph import compute_graph as compute_graph
+    from downriver.models.hat import HATConfig as HATConfig
+    from downriver.models.hat import HATForCausalLM as HATForCausalLM
+    from downriver.models.hat import HATForSequenceClassification as HATForSequenceClassification
+    from downriver.models.hat import HATTokenizer as HATTokenizer
+    from downriver.models.hat import flops_per_byte as flops_per_byte
     from downriver.models.images import ImageProcessor as ImageProcessor
     from downriver.models.load import load as load
     from downriver.models.mixture import MixtureConfig as MixtureConfig
@@ -26,20 +31,27 @@ if TYPE_CHECKING:
     from downriver.models.tokenizers import bpe_tokenizer as bpe_tokenizer
     from downriver.models.tokenizers import byte_tokenizer as byte_tokenizer
     from downriver.models.tokenizers import word_tokenizer as word_tokenizer
+    from downriver.models.word_split import WordSplitter as WordSplitter
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "ComputeGraph": "downriver.models.compute_graph:ComputeGraph",
+        "HATConfig": "downriver.models.hat:HATConfig",
+        "HATForCausalLM": "downriver.models.hat:HATForCausalLM",
+        "HATForSequenceClassification": "downriver.models.hat:HATForSequenceClassification",
+        "HATTokenizer": "downriver.models.hat_tokenizer:HATTokenizer",
         "ImageProcessor": "downriver.models.images:ImageProcessor",
         "MixtureConfig": "downriver.models.mixture:MixtureConfig",
         "MixtureForCausalLM": "downriver.models.mixture:MixtureForCausalLM",
         "Model": "downriver.models.model:Model",
+        "WordSplitter": "downriver.models.word_split:WordSplitter",
         "bpe_tokenizer": "downriver.models.tokenizers:bpe_tokenizer",
         "builtin_names": "downriver.models.builtin:builtin_names",
         "byte_tokenizer": "downriver.models.tokenizers:byte_tokenizer",
         "compute_graph": "downriver.models.compute_graph:compute_graph",
         "export_mixture": "downriver.models.mixture_export:export_mixture",
+        "flops_per_byte": "downriver.models.hat:flops_per_byte",
         "load": "downriver.models.load:load",
         "small": "downriver.models.small:small",
         "small_language_model": "downriver.models.small:small_language_model",
