@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from downriver.models.hat import HATConfig as HATConfig
     from downriver.models.hat import HATForCausalLM as HATForCausalLM
     from downriver.models.hat import HATForSequenceClassification as HATForSequenceClassification
+    from downriver.models.hat import HATStreamTokenizer as HATStreamTokenizer
     from downriver.models.hat import HATTokenizer as HATTokenizer
     from downriver.models.hat import flops_per_byte as flops_per_byte
     from downriver.models.images import ImageProcessor as ImageProcessor
@@ -40,6 +41,7 @@ __getattr__, __dir__, __all__ = attach(
         "HATConfig": "downriver.models.hat:HATConfig",
         "HATForCausalLM": "downriver.models.hat:HATForCausalLM",
         "HATForSequenceClassification": "downriver.models.hat:HATForSequenceClassification",
+        "HATStreamTokenizer": "downriver.models.hat_stream:HATStreamTokenizer",
         "HATTokenizer": "downriver.models.hat_tokenizer:HATTokenizer",
         "ImageProcessor": "downriver.models.images:ImageProcessor",
         "MixtureConfig": "downriver.models.mixture:MixtureConfig",

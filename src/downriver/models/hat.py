@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, Seque
 from downriver.core.errors import InputError
 from downriver.models.hat_generate import spell
 from downriver.models.hat_layers import HATConfig, Stack, WordQuery, Words, in_order, words_of
+from downriver.models.hat_stream import HATStreamTokenizer
 from downriver.models.hat_tokenizer import PAD, HATTokenizer
 from downriver.models.model import Model
 
@@ -33,6 +34,7 @@ __all__ = [
     "HATForCausalLM",
     "HATForSequenceClassification",
     "HATModel",
+    "HATStreamTokenizer",
     "HATTokenizer",
     "Score",
     "flops_per_byte",
@@ -148,9 +150,14 @@ class HATModel(HATPreTrainedModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """``last_hidden_state`` (B, M, D); see ``HATForCausalLM.forward``."""
+        """``last_hidden_state``: (B, M, D) of the words, for streams (B, T, D) of every symbol's word; see
+        ``HATForCausalLM.forward``."""
         words = words_of(byte_ids, word_mask, byte_mask, input_ids, attention_mask, position_ids, None)
-        return BaseModelOutput(last_hidden_state=self.contexts(words, self.word_vectors(words)[0]))
+        hidden = self.contexts(words, self.word_vectors(words)[0])
+        if input_ids is not None:
+            each = hidden[words.mask].repeat_interleave(words.lengths, 0)
+            hidden = each.new_zeros(*words.where.shape, each.shape[1]).masked_scatter(words.where[..., None], each)
+        return BaseModelOutput(last_hidden_state=hidden)
 
 
 @dataclass(frozen=True)
