@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     from downriver.models.hat import HATTokenizer as HATTokenizer
     from downriver.models.hat import flops_per_byte as flops_per_byte
     from downriver.models.images import ImageProcessor as ImageProcessor
+    from downriver.models.llada import load_llada as load_llada
     from downriver.models.load import load as load
+    from downriver.models.masked_diffusion import MaskedDiffusionConfig as MaskedDiffusionConfig
+    from downriver.models.masked_diffusion import MaskedDiffusionLM as MaskedDiffusionLM
+    from downriver.models.masked_diffusion import diffusion_objective as diffusion_objective
     from downriver.models.mixture import MixtureConfig as MixtureConfig
     from downriver.models.mixture import MixtureForCausalLM as MixtureForCausalLM
     from downriver.models.mixture_export import export_mixture as export_mixture
     from downriver.models.model import Model as Model
+    from downriver.models.rope import critical_dim as critical_dim
+    from downriver.models.rope import extend_context as extend_context
+    from downriver.models.rope import ntk_scale as ntk_scale
     from downriver.models.small import small as small
     from downriver.models.small import small_language_model as small_language_model
     from downriver.models.tokenizers import bpe_tokenizer as bpe_tokenizer
@@ -44,6 +51,8 @@ __getattr__, __dir__, __all__ = attach(
         "HATStreamTokenizer": "downriver.models.hat_stream:HATStreamTokenizer",
         "HATTokenizer": "downriver.models.hat_tokenizer:HATTokenizer",
         "ImageProcessor": "downriver.models.images:ImageProcessor",
+        "MaskedDiffusionConfig": "downriver.models.masked_diffusion:MaskedDiffusionConfig",
+        "MaskedDiffusionLM": "downriver.models.masked_diffusion:MaskedDiffusionLM",
         "MixtureConfig": "downriver.models.mixture:MixtureConfig",
         "MixtureForCausalLM": "downriver.models.mixture:MixtureForCausalLM",
         "Model": "downriver.models.model:Model",
@@ -52,9 +61,14 @@ __getattr__, __dir__, __all__ = attach(
         "builtin_names": "downriver.models.builtin:builtin_names",
         "byte_tokenizer": "downriver.models.tokenizers:byte_tokenizer",
         "compute_graph": "downriver.models.compute_graph:compute_graph",
+        "critical_dim": "downriver.models.rope:critical_dim",
+        "diffusion_objective": "downriver.models.masked_diffusion:diffusion_objective",
         "export_mixture": "downriver.models.mixture_export:export_mixture",
+        "extend_context": "downriver.models.rope:extend_context",
         "flops_per_byte": "downriver.models.hat:flops_per_byte",
         "load": "downriver.models.load:load",
+        "load_llada": "downriver.models.llada:load_llada",
+        "ntk_scale": "downriver.models.rope:ntk_scale",
         "small": "downriver.models.small:small",
         "small_language_model": "downriver.models.small:small_language_model",
         "word_tokenizer": "downriver.models.tokenizers:word_tokenizer",
