@@ -21,7 +21,7 @@ from downriver.core.assets import AssetUnavailable
 from downriver.core.errors import InputError, unknown
 from downriver.core.seeds import seeded
 from downriver.core.tensors import open_checkpoint, weights_file
-from downriver.models import builtin, hat, mixture  # noqa: F401 (transformers' Auto classes then know these)
+from downriver.models import builtin, hat, masked_diffusion, mixture  # noqa: F401 (known to Auto classes from here on)
 from downriver.models.images import CONFIG, ImageProcessor
 from downriver.models.linear_attention import restore_linear_attention
 from downriver.models.model import CAN, HEAD, MODULE, SETTINGS, Kind, Model, Pooling, quiet
