@@ -54,6 +54,13 @@ def test_perturbed_letters():
     assert module.perturb("123 !?", 1.0, generator("a")) == "123 !?"
 
 
+def test_files_that_are_no_python_have_no_docstrings(tmp_path):
+    (tmp_path / "old.py").write_text("print 'here'")
+    (tmp_path / "new.py").write_text('"About."\n\ndef f():\n    "It runs."\n')
+    assert module._documentation(tmp_path / "old.py") == ""
+    assert module._documentation(tmp_path / "new.py") == "About.\n\nIt runs."
+
+
 def test_training_and_held_out_passages_are_of_different_files():
     for sources, name in ((module.docstrings(), "docstrings"), (module.headers(), "headers")):
         train, held = module.passages(sources, name, 0, 12, 4)

@@ -267,7 +267,10 @@ def perturb(text: str, share: float, rng: np.random.Generator) -> str:
 
 def _documentation(path: Path) -> str:
     described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = ast.walk(ast.parse(path.read_text("utf-8", "replace")))
+    try:
+        nodes = ast.walk(ast.parse(path.read_text("utf-8", "replace")))
+    except (SyntaxError, ValueError):  # some files are there to be bad
+        return ""
     return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, described))))
 
 
