@@ -27,7 +27,7 @@ def test_shared_tokens_keep_their_logits(tied: bool) -> None:
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     after = model(input_ids=NEW("the red circle", add_special_tokens=False, return_tensors="pt")["input_ids"]).logits
     assert after.shape[-1] == len(NEW) == model.config.vocab_size and len(shared) == 9
-    torch.testing.assert_close(after[..., list(shared)], before[..., list(shared.values())], rtol=0, atol=1e-6)
+    torch.testing.assert_close(after[..., list(shared)], before[..., list(shared.values())], rtol=1e-5, atol=1e-6)
     assert {NEW.convert_ids_to_tokens(i) for i in shared} >= {"the", "red", "circle", "blue", "</s>"}
 
 
