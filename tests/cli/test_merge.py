@@ -11,8 +11,6 @@ from transformers import AutoModel
 
 from downriver import models
 from downriver.cli import main
-from downriver.cli import merge as command
-from downriver.core.errors import InputError
 from downriver.merge import ties
 
 
@@ -115,17 +113,3 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert code == 2
     assert message in err and err.strip().count("\n") == 0
     assert [p.name for p in tmp_path.rglob("*")] == ["taken", "mine.txt"]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1GiB", 2**30), ("500 MB", 5 * 10**8), ("64", 64), ("1.5kib", 1536), ("2G", 2 * 10**9), ("7B", 7)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert command._size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "1 XB"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(InputError, match="size"):
-        command._size(text)

@@ -1,7 +1,7 @@
-"""Masked diffusion: both ways, the loss, the likelihood, the order of unmasking, files, LLaDA's layout, refusals."""
+"""Masked diffusion: both ways, the loss, the likelihood, the order of unmasking, files, refusals."""
 
+import functools
 import itertools
-import json
 import math
 
 import pytest
@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset
-from safetensors.torch import save_file
 
 from downriver.core.errors import InputError
-from downriver.models.llada import load_llada
 from downriver.models.masked_diffusion import (
     MaskedDiffusionConfig,
     MaskedDiffusionLM,
@@ -194,7 +192,7 @@ def test_both_estimators_approach_the_bound(model):
     assert model.nll(prompt, answer, 3000, "elbo", batch_size=1000) == pytest.approx(bound, rel=0.1)
     masked = torch.tensor([[*prompt, MASK]])
     one = F.cross_entropy(model(masked).logits[:, -1], torch.tensor([7]))
-    assert model.nll(prompt, [7], 1) == pytest.approx(float(one))  # exact where there is nothing to draw
+    assert model.nll(prompt, [7], 1) == pytest.approx(float(one.detach()))  # exact where there is nothing to draw
     assert model.nll(prompt, answer, 16, batch_size=16) == pytest.approx(model.nll(prompt, answer, 16, batch_size=3))
     assert model.nll([], answer, 4) > 0
 
@@ -232,7 +230,7 @@ def test_the_loss_by_hand(model):
 def test_the_loss_bounds_what_a_uniform_model_needs():
     """Equal logits: every hidden token takes log 40, and the draws' weights have the mean 1."""
     model = build(initializer_range=0.0)
-    losses = [float(model.loss(torch.zeros(64, 16, dtype=torch.long))) for _ in range(40)]
+    losses = [model.loss(torch.zeros(64, 16, dtype=torch.long)).item() for _ in range(40)]
     assert sum(losses) / 40 == pytest.approx(math.log(40), rel=0.03)
 
 
@@ -250,6 +248,40 @@ def test_a_share_of_training_batches_is_cut():
     model.loss(ids, labels)  # prompts are not cut off from their answers
     model.eval().loss(ids)
     assert lengths == [12, 12]
+
+
+def test_the_objective_undoes_berts_masks(prompts):
+    """Its loss is that of the whole texts, whatever the batch hid of them; of the answers alone where that is asked."""
+    tokenizer = byte_tokenizer(32)
+    net = build(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id)
+    model = Model(net, kind="masked-lm", processor=tokenizer, pooling="mean", max_length=32)
+    rows = [tokenizer(text)["input_ids"] for text in ("down the river", "by the sea")]
+    task = TokenRows("texts", {"train": Dataset.from_dict({"input_ids": rows})})
+    ids = torch.tensor([rows[0], [*rows[1], *[0] * (len(rows[0]) - len(rows[1]))]])
+    shown = (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
+
+    def found(run):
+        torch.manual_seed(7)
+        return float(run())
+
+    for split in (task.splits["train"], Dataset.from_dict({"input_ids": rows, "labels": rows})):
+        batch = TokenRows("texts", {"train": split}).collate(model)(list(split))
+        assert found(lambda batch=batch: diffusion_objective(model, batch)["loss"]) == found(
+            lambda: net.loss(ids, attention_mask=shown)
+        )
+    hidden = task.collate(model)(list(task.splits["train"]))
+    assert not torch.equal(hidden["input_ids"], ids)  # BERT's rule was at work
+    labels = [[-100] * 5 + row[5:] for row in rows]
+    answers = TokenRows("answers", {"train": Dataset.from_dict({"input_ids": rows, "labels": labels})})
+    batch = answers.collate(model)(list(answers.splits["train"]))
+    only = functools.partial(diffusion_objective, answers_only=True)
+    wanted = ids.masked_fill(shown == 0, -100)
+    wanted[:, :5] = -100
+    assert found(lambda: only(model, batch)["loss"]) == found(lambda: net.loss(ids, wanted, shown))
+    with pytest.raises(InputError, match="a batch without labels"):
+        only(model, {"input_ids": ids})
+    with pytest.raises(InputError, match="texts packed in a row"):
+        diffusion_objective(model, {"input_ids": ids, "position_ids": ids})
 
 
 def test_it_learns_in_fine_tune_and_in_transformers_trainer(tmp_path):
@@ -287,62 +319,6 @@ def test_saved_and_loaded(tied, prompts, tmp_path):
     assert isinstance(trunk, MaskedDiffusionModel)
     hidden = trunk(prompts).last_hidden_state
     assert torch.equal(model.lm_head(hidden), model(prompts).logits)
-
-
-def llada_folder(folder, model, **more):
-    """The model's weights as LLaDA's authors name and configure them."""
-    config = model.config
-    given = {
-        "model_type": "llada", "architectures": ["LLaDAModelLM"], "block_type": "llama", "layer_norm_type": "rms",
-        "activation_type": "silu", "rope": True, "alibi": False, "include_bias": False, "include_qkv_bias": False,
-        "d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_ratio": 4, "mlp_hidden_size": 48,
-        "vocab_size": 38, "embedding_size": 40, "max_sequence_length": 64, "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": 500000.0, "weight_tying": False, "mask_token_id": MASK, "eos_token_id": 2, "pad_token_id": 2,
-    } | more  # fmt: skip
-    names = {
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ff_norm", "self_attn.o_proj": "attn_out",
-        "self_attn.q_proj": "q_proj", "self_attn.k_proj": "k_proj", "self_attn.v_proj": "v_proj",
-        "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out",
-    }  # fmt: skip
-    outside = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
-    state = {}
-    for key, value in model.state_dict().items():
-        name = key.removesuffix(".weight")
-        if name.startswith("model.layers."):
-            number, _, part = name.removeprefix("model.layers.").partition(".")
-            new = f"blocks.{number}.{names[part]}"
-        else:
-            new = outside[name]
-        state[f"model.transformer.{new}.weight"] = value.contiguous()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(given))
-    return state
-
-
-def test_a_checkpoint_in_lladas_layout(prompts, tmp_path):
-    model = build(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
-    state = llada_folder(tmp_path, model)
-    again = load_llada(tmp_path).eval()
-    assert torch.equal(again(prompts).logits, model(prompts).logits)
-    assert again.config.mask_token_id == MASK and again.config.max_position_embeddings == 64
-    again.save_pretrained(tmp_path / "ours")
-    ours = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").eval()
-    assert torch.equal(ours(prompts).logits, model(prompts).logits)
-
-    del state["model.transformer.blocks.1.up_proj.weight"]
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"1 missing keys, first 'model.layers.1.mlp.up_proj.weight'"):
-        load_llada(tmp_path)
-    for more, message in [
-        ({"model_type": "llama"}, "of a llama model: llada is expected"),
-        ({"layer_norm_type": "default"}, "layer_norm_type is 'default', and 'rms' is expected"),
-        ({"include_qkv_bias": True}, "include_qkv_bias is set"),
-    ]:
-        llada_folder(tmp_path, model, **more)
-        with pytest.raises(InputError, match=message):
-            load_llada(tmp_path)
-    with pytest.raises(InputError, match="cannot be read: the configuration of LLaDA"):
-        load_llada(tmp_path / "nowhere")
 
 
 def test_what_is_refused(model, prompts):

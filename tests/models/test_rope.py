@@ -184,6 +184,11 @@ def test_what_is_refused():
         critical_dim(1, 32, 128)
     with pytest.raises(InputError, match="train_len is 6: more than one period"):
         critical_dim(10_000, 32, 6)
+    with pytest.raises(InputError, match="target_len is 0: at least one token"):
+        ntk_scale(10_000, 32, 128, 0)
+    with pytest.raises(InputError, match="train_len is 0"):
+        extend_context(built("Llama"), 512, train_len=0)
+    assert ntk_scale(20, 32, 128, 128) == 1.0  # nothing is asked for
     with pytest.raises(InputError, match=r"critical dimension 34.*nothing to extend"):
         ntk_scale(20, 32, 128, 512)
     with pytest.raises(InputError, match="bert model has no rotary positions"):

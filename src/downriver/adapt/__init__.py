@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from downriver.adapt.alignguard_lora import update_norm as update_norm
     from downriver.adapt.alignment_recovery import RecoveryResult as RecoveryResult
     from downriver.adapt.alignment_recovery import recover_alignment as recover_alignment
+    from downriver.adapt.bitfit import bitfit as bitfit
+    from downriver.adapt.bottleneck import BottleneckConfig as BottleneckConfig
+    from downriver.adapt.bottleneck import Bottlenecked as Bottlenecked
+    from downriver.adapt.bottleneck import load_bottleneck as load_bottleneck
     from downriver.adapt.distill_weighted import MultiSourceDistiller as MultiSourceDistiller
     from downriver.adapt.distill_weighted import distill_nearest as distill_nearest
     from downriver.adapt.distill_weighted import distill_weighted as distill_weighted
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from downriver.adapt.edit.apply import apply_edit as apply_edit
     from downriver.adapt.edit.covariance import key_covariance as key_covariance
     from downriver.adapt.edit.requests import recalls as recalls
+    from downriver.adapt.fish_mask import fish_mask as fish_mask
     from downriver.adapt.fisher import FisherSubspace as FisherSubspace
     from downriver.adapt.fixmatch import fixmatch as fixmatch
     from downriver.adapt.full import full as full
@@ -37,6 +42,13 @@ if TYPE_CHECKING:
     from downriver.adapt.multi_teacher import SourceModel as SourceModel
     from downriver.adapt.opt_iml import InstructionPacker as InstructionPacker
     from downriver.adapt.opt_iml import opt_iml as opt_iml
+    from downriver.adapt.peft_advisor import Advice as Advice
+    from downriver.adapt.peft_advisor import advise as advise
+    from downriver.adapt.peft_advisor import read_comparison as read_comparison
+    from downriver.adapt.peft_advisor import read_ledger as read_ledger
+    from downriver.adapt.peft_catalogue import catalogue as catalogue
+    from downriver.adapt.peft_catalogue import method as method
+    from downriver.adapt.peft_tuning import peft as peft
     from downriver.adapt.prompt_ft import PromptClassifier as PromptClassifier
     from downriver.adapt.subnetwork import train_subnetwork as train_subnetwork
     from downriver.adapt.unsupervised_prompts import UnsupervisedPromptLearner as UnsupervisedPromptLearner
@@ -45,19 +57,24 @@ if TYPE_CHECKING:
 
 METHODS = {
     "alignguard_lora": "downriver.adapt.alignguard_lora:alignguard_lora",
+    "bitfit": "downriver.adapt.bitfit:bitfit",
     "distill_nearest": "downriver.adapt.distill_weighted:distill_nearest",
     "distill_weighted": "downriver.adapt.distill_weighted:distill_weighted",
     "full": "downriver.adapt.full:full",
     "linear_probe": "downriver.adapt.linear_probe:linear_probe",
     "lora": "downriver.adapt.lora:lora",
     "loramoe": "downriver.adapt.loramoe:loramoe",
+    "peft": "downriver.adapt.peft_tuning:peft",
 }
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     METHODS
     | {
+        "Advice": "downriver.adapt.peft_advisor:Advice",
         "AlignGuard": "downriver.adapt.alignguard_lora:AlignGuard",
+        "BottleneckConfig": "downriver.adapt.bottleneck:BottleneckConfig",
+        "Bottlenecked": "downriver.adapt.bottleneck:Bottlenecked",
         "EditResult": "downriver.adapt.edit.apply:EditResult",
         "FisherSubspace": "downriver.adapt.fisher:FisherSubspace",
         "InstructionPacker": "downriver.adapt.opt_iml:InstructionPacker",
@@ -70,16 +87,23 @@ __getattr__, __dir__, __all__ = attach(
         "UnsupervisedPromptLearner": "downriver.adapt.unsupervised_prompts:UnsupervisedPromptLearner",
         "Term": "downriver.training.trainer:Term",
         "add_loramoe": "downriver.adapt.loramoe:add_loramoe",
+        "advise": "downriver.adapt.peft_advisor:advise",
         "alignment_drift": "downriver.adapt.alignguard_lora:alignment_drift",
         "apply_edit": "downriver.adapt.edit.apply:apply_edit",
+        "catalogue": "downriver.adapt.peft_catalogue:catalogue",
         "fine_tune": "downriver.training.engine:fine_tune",
+        "fish_mask": "downriver.adapt.fish_mask:fish_mask",
         "fixmatch": "downriver.adapt.fixmatch:fixmatch",
         "kaft": "downriver.adapt.kaft:kaft",
         "key_covariance": "downriver.adapt.edit.covariance:key_covariance",
+        "load_bottleneck": "downriver.adapt.bottleneck:load_bottleneck",
         "load_loramoe": "downriver.adapt.loramoe_files:load_loramoe",
         "merge_adapter": "downriver.adapt.lora:merge_adapter",
         "merge_static": "downriver.adapt.loramoe:merge_static",
+        "method": "downriver.adapt.peft_catalogue:method",
         "opt_iml": "downriver.adapt.opt_iml:opt_iml",
+        "read_comparison": "downriver.adapt.peft_advisor:read_comparison",
+        "read_ledger": "downriver.adapt.peft_advisor:read_ledger",
         "recalls": "downriver.adapt.edit.requests:recalls",
         "recover_alignment": "downriver.adapt.alignment_recovery:recover_alignment",
         "routing_report": "downriver.adapt.loramoe:routing_report",

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from downriver.adapt.heads import HeadStart, ready
 from downriver.core import Budget, InputError, seeded
+from downriver.models.adapted import in_wrapper
 from downriver.models.model import Model
 from downriver.tasks.task import Task
 from downriver.training.engine import Precision, Schedule, clone, fine_tune
@@ -134,13 +135,19 @@ def add_adapter(
 def merge_adapter(model: Model) -> Model:
     """A copy of an adapted model whose backbone has plain weights with the adapter folded in; its outputs are the same.
 
-    For merging and compressing, which work on plain weights. Raises ``InputError`` when the model carries no adapter.
+    For merging and compressing, which work on plain weights. Raises ``InputError`` when the model carries no adapter,
+    and when its adapter cannot be merged, as one that works on the data (a router, prompts) cannot.
     """
     if not hasattr(model.backbone, "merge_and_unload"):
         raise InputError(f"the model {model.source or type(model.backbone).__name__} carries no adapter to merge")
     merged = clone(model)
     adapted: Any = merged.backbone
-    merged.backbone = adapted.merge_and_unload()
+    if in_wrapper(adapted):
+        raise InputError(f"an adapter of type {adapted.active_peft_config.peft_type.value} cannot be merged")
+    try:
+        merged.backbone = adapted.merge_and_unload()
+    except (NotImplementedError, ValueError) as error:
+        raise InputError(f"this adapter cannot be merged: {' '.join(str(error).split())}") from None
     return merged.requires_grad_(True)
 
 

@@ -35,7 +35,7 @@ def save_loramoe(model: LoRAMoE, folder: str | Path, *, overwrite: bool = False)
     folder = Path(folder)
     with atomic_folder(folder, overwrite) as part:
         with without_experts(model.backbone):
-            named = model.head is None and _holds(model)
+            named = model.head is None and holds_source(model)
             if not named:
                 Model.save(model, part / BASE)
         tensors = {
@@ -136,7 +136,7 @@ def to_peft_adapters(model: LoRAMoE, folder: str | Path, *, overwrite: bool = Fa
     return folder
 
 
-def _holds(model: Model) -> bool:
+def holds_source(model: Model) -> bool:
     """Whether loading ``source`` gives the weights that the model has."""
     mine = model.backbone.state_dict()
     try:

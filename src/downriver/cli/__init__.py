@@ -5,7 +5,7 @@ import sys
 import typer
 
 from downriver import __version__
-from downriver.cli import assets, data, forecast, merge, papers, rank, study
+from downriver.cli import advise, assets, data, forecast, merge, papers, rank, study
 from downriver.core.errors import DownriverError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("study")(study.study)
 app.command("rank")(rank.rank)
+app.command("advise")(advise.advise)
 app.command("papers")(papers.papers)
 app.command("reproduce")(papers.reproduce)
 app.add_typer(data.app, name="data")

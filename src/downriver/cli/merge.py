@@ -1,13 +1,13 @@
 """``downriver merge``: merge checkpoints as a YAML file says, or report their conflicts before merging."""
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from downriver.cli.sizes import size
 from downriver.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run(
     """Merge the models of CONFIG into the checkpoint folder OUT. The word run may be left out."""
     from downriver.merge import read_mergekit
 
-    limits = {"max_bytes": _size(max_memory), "shard_size": _size(shard_size)}
+    limits = {"max_bytes": size(max_memory), "shard_size": size(shard_size)}
     report = read_mergekit(config).merge(out, overwrite=overwrite, device=_device(device), **limits)
     if as_json:
         typer.echo(json.dumps({"out": str(report.out), "seconds": report.seconds, "tensors": report.rows()}))
@@ -67,7 +67,7 @@ def inspect(config: CONFIG, max_memory: MEMORY = "1GiB", device: DEVICE = None, 
     trimming = {key: getattr(job.method, key) for key in ("density", "scope") if hasattr(job.method, key)}
     if getattr(job.method, "compat", None):  # the libraries rank each tensor alone
         trimming["scope"] = "tensor"
-    report = conflicts(job.models, job.base, max_bytes=_size(max_memory), device=_device(device), **trimming)
+    report = conflicts(job.models, job.base, max_bytes=size(max_memory), device=_device(device), **trimming)
     typer.echo(json.dumps(report.table()) if as_json else report.text)
 
 
@@ -175,12 +175,3 @@ def _device(name: str | None) -> str | None:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return name
-
-
-def _size(text: str) -> int:
-    """Bytes of ``1GiB``, ``500 MB`` or ``1073741824``."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", text, re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
-        raise InputError(f"size {text!r}: a number of bytes such as 512MiB, 2GB or 1073741824 is expected")
-    power = " KMGT".index((found[2] or " ").upper())
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

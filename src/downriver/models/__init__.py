@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from downriver.models.hat import HATTokenizer as HATTokenizer
     from downriver.models.hat import flops_per_byte as flops_per_byte
     from downriver.models.images import ImageProcessor as ImageProcessor
-    from downriver.models.llada import load_llada as load_llada
     from downriver.models.load import load as load
     from downriver.models.masked_diffusion import MaskedDiffusionConfig as MaskedDiffusionConfig
     from downriver.models.masked_diffusion import MaskedDiffusionLM as MaskedDiffusionLM
@@ -67,7 +66,6 @@ __getattr__, __dir__, __all__ = attach(
         "extend_context": "downriver.models.rope:extend_context",
         "flops_per_byte": "downriver.models.hat:flops_per_byte",
         "load": "downriver.models.load:load",
-        "load_llada": "downriver.models.llada:load_llada",
         "ntk_scale": "downriver.models.rope:ntk_scale",
         "small": "downriver.models.small:small",
         "small_language_model": "downriver.models.small:small_language_model",

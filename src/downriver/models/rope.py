@@ -73,19 +73,22 @@ def ntk_scale(
     round
         Up to a whole number (default, as published).
 
-    Raises ``InputError`` where every dimension saw a whole period (d_c ≥ d): then there is nothing to extend.
+    Raises ``InputError`` where every dimension saw a whole period (d_c ≥ d): then there is nothing to extend; and for a
+    target below one token.
 
     >>> [ntk_scale(500_000, 128, 4096, 1024 * k) for k in (4, 8, 16, 24, 32)]  # LLaDA-8B
     [1.0, 4.0, 14.0, 31.0, 55.0]
     """
+    if target_len < 1:
+        raise InputError(f"target_len is {target_len}: at least one token is expected")
     d_c = critical_dim(rope_theta, head_dim, train_len, bidirectional=bidirectional)
+    if target_len <= train_len:
+        return 1.0
     if d_c >= head_dim:
         raise InputError(
             f"rope_theta {rope_theta}, head_dim {head_dim}, train_len {train_len}: all dimensions went through a whole "
             f"period in training (critical dimension {d_c}), so there is nothing to extend"
         )
-    if target_len <= train_len:
-        return 1.0
     # λ = ( T / 2π )^(d / d_c) / b
     scale = max(1.0, _span(target_len, bidirectional) ** (head_dim / d_c) / rope_theta)
     return float(math.ceil(scale)) if round else scale
@@ -143,7 +146,7 @@ def extend_context(
             raise InputError(
                 f"the positions of {config.model_type} are scaled already ({where}): override=True drops that scaling"
             )
-    trained = train_len or record.get("train_len") or _trained(config, entries)
+    trained = record.get("train_len") or _trained(config, entries) if train_len is None else train_len
     modules = _rotary_modules(module, config) if module is not None else []
     scales, bases = {}, {}
     for name, entry in entries.items():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from downriver.study.cocktail import cocktail_report as cocktail_report
     from downriver.study.cocktail import cocktail_study as cocktail_study
     from downriver.study.cocktail import recommend as recommend
+    from downriver.study.compare_peft import compare_peft as compare_peft
     from downriver.study.compose import load as load
     from downriver.study.ingredients import Ingredient as Ingredient
     from downriver.study.ingredients import instruction_cocktail as instruction_cocktail
@@ -38,5 +39,9 @@ __getattr__, __dir__, __all__ = attach(
     }
     | {name: f"downriver.study.ingredients:{name}" for name in ("Ingredient", "instruction_cocktail")}
     | {name: f"downriver.study.ledger:{name}" for name in ("Failure", "Ledger")}
-    | {"load": "downriver.study.compose:load", "TransferLawStudy": "downriver.study.transfer_law:TransferLawStudy"},
+    | {
+        "TransferLawStudy": "downriver.study.transfer_law:TransferLawStudy",
+        "compare_peft": "downriver.study.compare_peft:compare_peft",
+        "load": "downriver.study.compose:load",
+    },
 )
