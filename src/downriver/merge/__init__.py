@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from downriver.merge.dare import dare as dare
     from downriver.merge.della import Della as Della
     from downriver.merge.della import della as della
+    from downriver.merge.distill import HintDistiller as HintDistiller
+    from downriver.merge.distill import LabelDistiller as LabelDistiller
+    from downriver.merge.distill import RelationDistiller as RelationDistiller
     from downriver.merge.engine import merge as merge
     from downriver.merge.fisher import Fisher as Fisher
     from downriver.merge.fisher import diagonal_fisher as diagonal_fisher
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
     from downriver.merge.slerp import Slerp as Slerp
     from downriver.merge.slerp import slerp as slerp
     from downriver.merge.stores import open_store as open_store
+    from downriver.merge.talking_models import DistillReport as DistillReport
+    from downriver.merge.talking_models import InteractiveDistiller as InteractiveDistiller
+    from downriver.merge.talking_models import talking_models as talking_models
     from downriver.merge.task_arithmetic import TaskArithmetic as TaskArithmetic
     from downriver.merge.task_arithmetic import task_arithmetic as task_arithmetic
     from downriver.merge.ties import Ties as Ties
@@ -88,12 +94,17 @@ __getattr__, __dir__, __all__ = attach(
         "Breadcrumbs": "downriver.merge.breadcrumbs:Breadcrumbs",
         "Dare": "downriver.merge.dare:Dare",
         "Della": "downriver.merge.della:Della",
+        "DistillReport": "downriver.merge.talking_models:DistillReport",
         "Fisher": "downriver.merge.fisher:Fisher",
+        "HintDistiller": "downriver.merge.distill:HintDistiller",
+        "InteractiveDistiller": "downriver.merge.talking_models:InteractiveDistiller",
+        "LabelDistiller": "downriver.merge.distill:LabelDistiller",
         "MergeReport": "downriver.merge.report:MergeReport",
         "Method": "downriver.merge.method:Method",
         "ModelStock": "downriver.merge.model_stock:ModelStock",
         "MoEReport": "downriver.merge.moe_report:MoEReport",
         "Passthrough": "downriver.merge.passthrough:Passthrough",
+        "RelationDistiller": "downriver.merge.distill:RelationDistiller",
         "Sce": "downriver.merge.sce:Sce",
         "Slerp": "downriver.merge.slerp:Slerp",
         "TaskArithmetic": "downriver.merge.task_arithmetic:TaskArithmetic",
@@ -117,5 +128,6 @@ __getattr__, __dir__, __all__ = attach(
         "read_mergekit": "downriver.merge.mergekit:read_mergekit",
         "search_lambda": "downriver.merge.search:search_lambda",
         "stack": "downriver.merge.passthrough:stack",
+        "talking_models": "downriver.merge.talking_models:talking_models",
     },
 )
