@@ -135,7 +135,10 @@ def test_counts_and_flags(name, base, bases, task, trained_adapters, tmp_path):
         assert float((outputs(again, task) - changed).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name, entry in known().items() if entry.size])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n, entry in known().items() if entry.size],
+)
 def test_a_budget_is_kept_and_used(name, lm, task):
     """The size found fits the budget; where sizes are dense it uses most of it; below the least there is an error."""
     found, budget = method(name), 25000 if name in ("loramoe", "shadow") else 9000

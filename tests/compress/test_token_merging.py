@@ -126,6 +126,26 @@ def test_unmerge_of_merge_is_the_identity_for_constant_groups(mode):
     assert torch.allclose(merging.unmerge(TokenMerge(5, mode=mode)(h, merging)), h, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["mean", "learned", "max", "first"])
+def test_a_text_without_tokens_spoils_nothing(mode):
+    h = torch.randn(2, 7, 5, requires_grad=True)
+    groups = torch.stack([GROUPS[0], torch.full((7,), -1)])
+    found = TokenMerge(5, mode=mode)(h, MergeMap(groups))
+    found.sum().backward()
+    assert (found[1] == 0).all() and h.grad.isfinite().all()
+    with pytest.raises(InputError, match="not all -1"):
+        MergeMap(groups[1:])
+
+
+def test_a_group_sees_what_a_member_sees():
+    seen = torch.rand(2, 7, 7) < 0.3
+    found = MergeMap(GROUPS).pairs(seen)
+    for text, groups in enumerate(GROUPS):
+        for a in range(4):
+            for b in range(4):
+                assert found[text, a, b] == seen[text, groups == a][:, groups == b].any()
+
+
 def test_positions_and_masks():
     left = MergeMap(torch.tensor([[-1, -1, 0, 0, 1, 2], [0, 1, 1, 1, 2, 3]]))
     assert left.mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
@@ -184,6 +204,35 @@ def test_merging_after_the_embeddings_is_running_the_model_on_merged_embeddings(
     assert torch.allclose(found[merging.mask.bool()], expected[merging.mask.bool()], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["RobertaModel", "T5EncoderModel"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_of_pairs_is_merged(name, attention, additive):
+    """As GraphCodeBERT has it, whose nodes of data flow see the tokens they stand for alone."""
+    model = made(name, attn_implementation=attention)
+    additive = additive or attention == "eager"
+    merging, both = MergeMap(GROUPS), (MASK[:, :, None] & MASK[:, None]).bool()
+    seen = both & ((torch.rand(2, 7, 7, generator=torch.manual_seed(0)) < 0.5) | torch.eye(7, dtype=torch.bool))
+
+    def prepared(pairs):
+        return torch.where(pairs, 0.0, torch.finfo(torch.float).min)[:, None] if additive else pairs[:, None]
+
+    single = run(add_token_merging(model, layer=1), SINGLE, mask=prepared(seen))
+    assert torch.allclose(real(single, model), real(run(model, mask=prepared(seen)), model), atol=1e-5)
+    whole = run(add_token_merging(model, layer=1), GROUPS, mask=prepared(both))
+    assert torch.allclose(real(whole, model), real(run(add_token_merging(model, layer=1), GROUPS), model), atol=1e-5)
+    found = run(add_token_merging(model, unmerge=False), GROUPS, mask=prepared(seen)).last_hidden_state
+    if name == "T5EncoderModel":
+        embedded = {"inputs_embeds": TokenMerge(16)(model.shared(IDS), merging)}
+        expected = model(**embedded, attention_mask=prepared(merging.pairs(seen))).last_hidden_state
+    else:
+        embedded = TokenMerge(16)(model.embeddings(IDS), merging)
+        expected = model.encoder(embedded, attention_mask=prepared(merging.pairs(seen))).last_hidden_state
+    shown = merging.mask.bool()
+    assert torch.allclose(found[shown], expected[shown], atol=1e-5)
+    assert not torch.allclose(found[shown], run(add_token_merging(model, unmerge=False), GROUPS)[0][shown], atol=1e-3)
+
+
 def test_the_relative_bias_is_that_of_as_many_positions():
     model = made("T5EncoderModel")
     attention = model.encoder.block[0].layer[0].SelfAttention
@@ -233,10 +282,12 @@ def test_the_formula_counts_what_torch_counts(name, settings):
             counted = count_flops(lambda merged=merged: merged(ids, group_ids=groups))
             assert flops(merged, [40], [30])[0] == pytest.approx(counted, rel=0.02)
     assert flops(model, [40], [30])[0] < plain * 0.8
-    with pytest.raises(InputError, match="no more than it has tokens"):
-        flops(model, [40], [50])
-    with pytest.raises(InputError, match="Linear has no layers"):
-        flops(nn.Linear(2, 2), [40])
+    for wrong in ([50], [-1], [30, 30]):
+        with pytest.raises(InputError, match="from 0 to what it has of tokens"):
+            flops(model, [40], wrong)
+    for other in (nn.Linear(2, 2), transformers.ViTConfig(), transformers.GPT2Config()):
+        with pytest.raises(InputError, match="cannot merge tokens"):
+            flops(other, [40])
 
 
 def test_a_decoder_reads_the_merged_states_and_generates_from_them():
@@ -288,6 +339,8 @@ def test_decoders_score_whole_texts_only():
         run(add_token_merging(made("LlamaForCausalLM")), GROUPS)
     with pytest.raises(InputError, match="use_cache=False"):
         run(add_token_merging(made("LlamaModel")), GROUPS, use_cache=True)
+    with pytest.raises(InputError, match=r"attention_mask of a LlamaModel: \(batch, T\)"):
+        run(add_token_merging(made("LlamaModel")), GROUPS, mask=torch.zeros(2, 1, 7, 7))
     with pytest.raises(InputError, match="cannot generate"):
         add_token_merging(made("LlamaForCausalLM")).generate(IDS, attention_mask=MASK, max_new_tokens=2)
 

@@ -13,6 +13,8 @@ import transformers
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from downriver.compress import add_token_merging
 from downriver.compress.token_merging import flops
@@ -125,6 +127,12 @@ def test_the_tree_says_what_does_not_parse():
     assert pieces("class { int myName = ;", "identifier", "java", "tree-sitter") == ["myName"]
 
 
+def test_the_tree_calls_names_by_other_names():
+    lexer_or_skip("c", "tree-sitter")
+    text = "#define LONG_NAME other_name\nuint32_t my_func(int a) { return 1; }"
+    assert pieces(text, "identifier", "c", "tree-sitter") == ["LONG_NAME", "other_name", "uint32_t", "my_func", "a"]
+
+
 @given(st.text(max_size=60))
 def test_any_text_is_tiled_and_grouped(text):
     for language in ("python", "java"):
@@ -187,7 +195,7 @@ def test_characters_of_several_bytes_share_a_place():
 
 @pytest.mark.parametrize("kind", ["roberta", "wordpiece"])
 def test_tokenizers_of_other_kinds(kind, sources):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from tokenizers import models, pre_tokenizers, processors, trainers
 
     if kind == "roberta":  # offsets without the leading space, as in CodeBERT's and CodeT5's tokenizers
         made = Tokenizer(models.BPE())
@@ -222,6 +230,9 @@ def test_a_tokenizer_with_groups(bpe):
         assert found["group_ids"][row][: len(own)].tolist() == own
     left = tokenizer(texts, padding=True, padding_side="left", return_tensors="np")["group_ids"]
     assert left[1, 0] == -1 and left[1, -1] == max(tokenizer(texts[1])["group_ids"])
+    tokenizer.truncation_side = "left"
+    assert (bpe.truncation_side, "truncation_side" in vars(tokenizer)) == ("left", False)
+    bpe.truncation_side = "right"
     assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.decode([70])) == (len(bpe), 0, bpe.decode([70]))
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again(PYTHON)["group_ids"] == tokenizer(PYTHON)["group_ids"]
@@ -241,6 +252,9 @@ def test_what_tokenizers_are_refused(bpe):
         grouper.tokenizer(object())
     with pytest.raises(InputError, match="group_ids already"):
         grouper.tokenizer(grouper.tokenizer(bpe))
+    for texts in ([("a", "b")], [3], None):
+        with pytest.raises(InputError, match="texts are expected"):
+            grouper.tokenizer(bpe)(texts)
     with pytest.raises(InputError, match="return_overflowing_tokens is True"):
         grouper.tokenizer(bpe)("x", return_overflowing_tokens=True)
     with pytest.raises(InputError, match="unknown return_tensors 'tf'"):
@@ -257,6 +271,10 @@ def test_rows_grouped_once_make_the_same_batches(bpe):
     assert batch["labels"].tolist() == [0, 1, 0]
     for name in ("input_ids", "attention_mask", "group_ids"):
         assert torch.equal(batch[name], expected[name])
+    padded = tokenizer(texts, padding="max_length", max_length=300)
+    rows = [{name: padded[name][i] for name in ("input_ids", "attention_mask", "group_ids")} for i in range(3)]
+    again = DataCollatorWithGroups(tokenizer)(rows)
+    assert again["group_ids"].tolist() == padded["group_ids"]
     translation = transformers.DataCollatorForSeq2Seq(bpe)
     pairs = [
         {"input_ids": row["input_ids"], "group_ids": row["group_ids"], "labels": [1, 2][: i + 1]}
@@ -330,8 +348,13 @@ def test_cutting_texts_is_no_saving(bpe, sources):
     assert (stats.table["units"] <= 50).all()
     merged = bpe_tokenizer(["x"], 260)
     assert np.allclose(merge_stats(["+ - 1"], merged, progress=False).table["saving"], 0)
+    word = Tokenizer(WordLevel({"x": 0}, unk_token="x"))
+    nothing = merge_stats(["", "x"], transformers.PreTrainedTokenizerFast(tokenizer_object=word), progress=False)
+    assert nothing.table.select("subtokens", "saving").rows() == [(0, 0.0), (1, 0.0)]
     with pytest.raises(InputError, match="texts are empty"):
         merge_stats([], bpe)
+    with pytest.raises(InputError, match="several are expected"):
+        merge_stats("x = 1", bpe)
 
 
 def test_groupers_that_cannot_be_had(monkeypatch):
@@ -343,7 +366,7 @@ def test_groupers_that_cannot_be_had(monkeypatch):
         SubtokenGrouper("java", lexer="stdlib")
     with pytest.raises(InputError, match="names no grouper"):
         SubtokenGrouper.of(small("text-encoder", "nano"))
-    with pytest.raises(MissingExtra, match=r"downriver\[code\]"):
+    with pytest.raises(MissingExtra, match="pip install tree-sitter-cobol"):
         SubtokenGrouper("cobol", lexer="tree-sitter")
     pytest.importorskip("pygments")
     with pytest.raises(InputError, match="'klingon', which pygments does not know"):

@@ -4,7 +4,8 @@ Reach for it where an adapter may cost a little time at inference for more freed
 the network between has a nonlinearity, and so cannot be merged. Houlsby et al. 2019 (behind attention and
 feed-forward block), Pfeiffer et al. 2021 (behind the feed-forward block), He et al. 2022 (beside it). The projection up
 starts at zero instead of small normal values, so that a fresh adapter changes no output. Adapters come before the
-residual sum, in Pfeiffer's as well, where he puts them behind it.
+residual sum, in Pfeiffer's as well, where he puts them behind it. Norm layers stay frozen; Houlsby et al. train them
+too.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ class Bottleneck(nn.Module):
     """s (U f(D x + b) + c): what is added to a sublayer's output h, x being h itself or the sublayer's input.
 
     >>> adapter = Bottleneck(8, 2)
-    >>> float(adapter(torch.ones(3, 8)).abs().sum()), sum(p.numel() for p in adapter.parameters())
+    >>> adapter(torch.ones(3, 8)).abs().sum().item(), sum(p.numel() for p in adapter.parameters())
     (0.0, 42)
     """
 

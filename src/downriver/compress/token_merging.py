@@ -4,7 +4,8 @@ Reach for it to make encoders of code cheaper where their tokenizers cut names i
 GraphCodeBERT, UniXcoder) and T5 (CodeT5, CodeT5+). "On the Effect of Token Merging on Pre-trained Models for Code"
 (arXiv:2507.14423, July 2025). Groups come with the batch: ``domains.code`` makes them from a lexer. The layer, the form
 of the scorer and what stays single are not published and are assumed. The scorer's u starts at zero, its V does not,
-or neither would ever learn. Masks are those of padding: GraphCodeBERT's mask between code and data flow is not merged.
+or neither would ever learn. Of a mask of pairs (batch, 1, T, T), as GraphCodeBERT's between code and data flow, a group
+sees what any of its members sees; its nodes are groups of one.
 A decoder alone (Llama) can score texts, not predict tokens, since a merged state knows the end of its unit.
 """
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from downriver.core.errors import InputError
 from downriver.models.model import Model
-from downriver.models.token_merging import DECODERS, ENCODER_DECODERS, merge_tokens, merging_of
+from downriver.models.token_merging import DECODERS, ENCODER_DECODERS, family, merge_tokens, merging_of
 from downriver.models.token_merging import restore_token_merging as restore_token_merging
 from downriver.nn.token_merge import SCORER, Mode, Position
 from downriver.nn.token_merge import MergeMap as MergeMap
@@ -49,8 +50,9 @@ def add_token_merging(
     """A copy of the model that merges the hidden states of every group of tokens before layer number ``layer``.
 
     From there on mask and positions are those of the K groups. Batches need ``group_ids`` (batch, T): numbers 0, 1, ...
-    in a row, -1 for padding. Outputs are of the same class as before, with a ``merge_map`` besides: ``groups``,
-    ``lengths``, ``mask`` and ``unmerge(states)``. Fine-tune the model afterwards, as the paper does.
+    in a row, -1 for padding (an attention mask (batch, T) marks it, too). Outputs are of the same class as before, with
+    a ``merge_map`` besides: ``groups``, ``lengths``, ``mask`` and ``unmerge(states)``. Fine-tune the model afterwards,
+    as the paper does.
 
     Parameters
     ----------
@@ -123,12 +125,11 @@ def flops(model: Any, lengths: Sequence[int], merged: Sequence[int] | None = Non
     """
     backbone: Any = model.backbone if isinstance(model, Model) else model
     config = getattr(backbone, "config", backbone)
-    if not hasattr(config, "num_hidden_layers") or not hasattr(config, "hidden_size"):
-        raise InputError(f"a {type(backbone).__name__} has no layers of a text model to count")
+    family(config)
     before = np.asarray(lengths, dtype=np.float64)
     after = before if merged is None else np.asarray(merged, dtype=np.float64)
-    if before.shape != after.shape or (after > before).any():
-        raise InputError("merged must hold one number of groups a text, no more than it has tokens")
+    if before.shape != after.shape or (after > before).any() or (after < 0).any():
+        raise InputError("merged must hold one number of groups a text, from 0 to what it has of tokens")
     part = merging_of(backbone) if isinstance(backbone, nn.Module) else None
     below = 0 if part is None else int(part.layer)
     found = below * _layer(config, before) + (config.num_hidden_layers - below) * _layer(config, after)

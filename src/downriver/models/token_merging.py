@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
@@ -33,6 +34,7 @@ class _Call:
     """One batch on its way through the layers."""
 
     map: MergeMap
+    pairs: Tensor | None = None  # (batch, T, T): which token sees which, where the attention mask says so
     holder: Any = None
     arguments: dict[str, Any] | None = None  # what the layers above the merge get in place of their own
 
@@ -56,8 +58,8 @@ def merge_tokens(
     holder = _holder(model)
     config: Any = model.config
     _, stack = layer_stack(holder)
-    if not 0 <= layer < len(stack):
-        raise InputError(f"layer is {layer}: a {type(model).__name__} has the layers 0 to {len(stack) - 1}")
+    if layer not in range(len(stack)):
+        raise InputError(f"layer is {layer!r}: a {type(model).__name__} has the layers 0 to {len(stack) - 1}")
     if hasattr(holder, PART):
         raise InputError("the model merges tokens already: give the original")
     both = config.model_type in ENCODER_DECODERS and hasattr(_top(model), "decoder")
@@ -110,16 +112,21 @@ def _top(model: Any) -> Any:
     return getattr(model, "base_model", model)
 
 
-def _holder(model: nn.Module) -> Any:
-    """The module that runs the layers: a T5's encoder, otherwise the model below the head."""
-    config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
+def family(model: Any) -> str:
+    """The family of a model or a configuration; ``InputError`` for one that cannot merge tokens."""
+    kind = getattr(getattr(model, "config", model), "model_type", type(model).__name__)
     if kind not in (*ENCODERS, *ENCODER_DECODERS, *DECODERS):
         known = ", ".join(sorted((*ENCODERS, *ENCODER_DECODERS, *DECODERS)))
         raise InputError(f"a model of the family {kind!r} cannot merge tokens: one of {known} is expected")
+    return kind
+
+
+def _holder(model: Any) -> Any:
+    """The module that runs the layers: a T5's encoder, otherwise the model below the head."""
+    kind = family(model)
     if hasattr(model, "merge_and_unload"):
         raise InputError("the model has adapters: merge them first (adapt.merge_adapter)")
-    if kind in ENCODERS and getattr(config, "is_decoder", False):
+    if kind in ENCODERS and getattr(model.config, "is_decoder", False):
         raise InputError(f"a {type(model).__name__} is set up as a decoder: an encoder is expected")
     return _top(model).encoder if kind in ENCODER_DECODERS else _top(model)
 
@@ -156,13 +163,18 @@ def _before_holder(module: Any, arguments: tuple[Any, ...], named: dict[str, Any
 
 def _with_call(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     bound = inspect.signature(module.forward).bind_partial(*arguments, **named).arguments
-    groups, mask = named["group_ids"], bound.get("attention_mask")
-    if mask is not None:
+    groups, mask, pairs = named["group_ids"], bound.get("attention_mask"), None
+    if mask is not None and mask.shape == (len(groups), 1, groups.shape[-1], groups.shape[-1]):
+        if module.config.model_type in DECODERS:
+            raise InputError(f"attention_mask of a {type(module).__name__}: (batch, T) is expected where tokens merge")
+        pairs = (mask >= 0 if mask.is_floating_point() else mask.bool())[:, 0]
+    elif mask is not None:
         if mask.shape != groups.shape:
             shapes = f"{tuple(mask.shape)} and {tuple(groups.shape)}"
             raise InputError(f"attention_mask and group_ids have the shapes {shapes}: both (batch, T) are expected")
         groups = groups.masked_fill(mask == 0, -1)
-    return {name: value for name, value in named.items() if name != "group_ids"} | {_CALL: _Call(MergeMap(groups))}
+    call = _Call(MergeMap(groups), pairs)
+    return {name: value for name, value in named.items() if name != "group_ids"} | {_CALL: call}
 
 
 def _before_layer(number: int, layer: int, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -188,7 +200,11 @@ def _above(call: _Call, parameters: Any, merged: Tensor) -> dict[str, Any]:
     """Mask and positions of the shorter sequence."""
     holder, positions = call.holder, call.map.positions(getattr(call.holder, PART).position)
     settings = {"config": holder.config, "inputs_embeds": merged, "attention_mask": call.map.mask}
-    if holder.config.model_type in DECODERS:
+    mask: Any
+    if call.pairs is not None:
+        unseen = ~call.map.pairs(call.pairs)[:, None]
+        mask = merged.new_zeros(unseen.shape).masked_fill(unseen, torch.finfo(merged.dtype).min)
+    elif holder.config.model_type in DECODERS:
         mask = create_causal_mask(**settings, past_key_values=None)
     else:
         mask = create_bidirectional_mask(**settings)

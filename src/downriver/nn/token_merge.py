@@ -36,8 +36,10 @@ class MergeMap:
 
     def __post_init__(self) -> None:
         groups = self.groups
-        if groups.ndim != 2 or groups.is_floating_point():
-            raise InputError(f"group_ids is {groups.dtype} {tuple(groups.shape)}: integers (batch, T) are expected")
+        if groups.ndim != 2 or groups.is_floating_point() or not self.real.any():
+            raise InputError(
+                f"group_ids is {groups.dtype} {tuple(groups.shape)}: integers (batch, T) are expected, not all -1"
+            )
         before = F.pad(groups, (1, 0), value=-1)[:, :-1]
         step, starts = groups - before, self.real & (before < 0)
         wrong = (self.real & (step != 0) & (step != 1)).any(1) | (starts.sum(1) > 1) | (groups < -1).any(1)
@@ -90,6 +92,11 @@ class MergeMap:
         back = merged.flatten(0, 1)[self.flat].view(*self.groups.shape, *merged.shape[2:])
         return back * self.real.view(*self.real.shape, *[1] * (merged.ndim - 2)).to(back.dtype)
 
+    def pairs(self, seen: Tensor) -> Tensor:
+        """(batch, K, K): whether any member of a group sees any of another, from (batch, T, T)."""
+        keys = self.total((seen & self.real[:, :, None]).float())
+        return self.total(keys.mT * self.real[:, :, None]).mT > 0
+
     def positions(self, kind: Position = "reindex") -> Tensor:
         """(1 or batch, K): where a group stands, 0, 1, ... K-1, or the place of its first token among the real ones."""
         if kind == "reindex":
@@ -136,9 +143,8 @@ class TokenMerge(nn.Module):
             flat = hidden.new_zeros(len(hidden) * merging.longest, hidden.shape[2])
             index = merging.flat[:, None].expand(-1, hidden.shape[2])
             lowest = hidden.masked_fill(~merging.real[:, :, None], -torch.inf).flatten(0, 1)
-            return flat.scatter_reduce(0, index, lowest, "amax", include_self=False).view(
-                len(hidden), merging.longest, -1
-            )
+            highest = flat.scatter_reduce(0, index, lowest, "amax", include_self=False)
+            return highest.view(len(hidden), merging.longest, -1).masked_fill(merging.mask[:, :, None] == 0, 0)
         weights = self._weights(hidden, merging)[:, :, None].to(hidden.dtype)
         states = hidden.masked_fill(~merging.real[:, :, None], 0)
         return merging.total(weights * states)

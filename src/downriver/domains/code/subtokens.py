@@ -114,7 +114,8 @@ class GroupingTokenizer:
     Everything else is the tokenizer's own, so it stands wherever a tokenizer does: in ``datasets.map``, so that groups
     are made once, or as the ``processor`` of a ``Model``. Of a pair, each text is grouped by itself.
 
-    Raises ``InputError`` for a tokenizer that does not know where its tokens come from ("slow").
+    Raises ``InputError`` for a tokenizer that does not know where its tokens come from ("slow"), and when it is called
+    with anything but a text or a list of texts.
 
     >>> from downriver.models import byte_tokenizer
     >>> tokenizer = SubtokenGrouper().tokenizer(byte_tokenizer(16))
@@ -137,9 +138,12 @@ class GroupingTokenizer:
                 raise InputError(f"{name} is True: whole texts, one row each, are expected where subtokens are grouped")
         if return_tensors not in (None, "pt", "np"):
             raise unknown("return_tensors", return_tensors, ("pt", "np"))
-        encoded = self.plain(text, text_pair, return_tensors=return_tensors, **settings)
         one = isinstance(text, str)
-        columns = [[column] if one else column for column in (text, text_pair) if column is not None]
+        columns = [[column] if one else column for column in ([text] if text_pair is None else [text, text_pair])]
+        for column in columns:
+            if not isinstance(column, Sequence) or not all(isinstance(value, str) for value in column):
+                raise InputError(f"{str(column)[:80]} cannot be grouped: texts are expected (of pairs, as text_pair)")
+        encoded = self.plain(text, text_pair, return_tensors=return_tensors, **settings)
         groups = [self.groups(e, texts) for e, texts in zip(encoded.encodings, zip(*columns, strict=True), strict=True)]
         if return_tensors:
             encoded["group_ids"] = torch.tensor(groups) if return_tensors == "pt" else np.array(groups)
@@ -154,6 +158,12 @@ class GroupingTokenizer:
         if name == "plain" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.plain, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("plain", "grouper"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.plain, name, value)
 
     def groups(self, encoding: Any, texts: Sequence[str]) -> list[int]:
         """The groups of one encoded row of texts, -1 for padding."""
@@ -204,7 +214,7 @@ class DataCollatorWithGroups:
         batch = dict(self._rest([{k: v for k, v in row.items() if k != "group_ids"} for row in rows]))
         mask = batch["attention_mask"].bool()
         groups = torch.full(mask.shape, -1)
-        groups[mask] = torch.cat([torch.as_tensor(row["group_ids"]) for row in rows])
+        groups[mask] = torch.tensor([group for row in rows for group in row["group_ids"] if group >= 0])
         return batch | {"group_ids": groups}
 
 
@@ -253,13 +263,15 @@ def merge_stats(
     max_length
         Cut the texts at so many subtokens, with and without merging alike. Default: not at all.
 
-    Raises ``InputError`` when there is no text, and for a slow tokenizer.
+    Raises ``InputError`` when there is no text or one text in the place of several, and for a slow tokenizer.
 
     >>> from downriver.models import byte_tokenizer
     >>> stats = merge_stats(["number = other", "x"], byte_tokenizer(64))
     >>> stats.table.select("subtokens", "units", "groups").rows()
     [(16, 3, 7), (3, 1, 3)]
     """
+    if isinstance(texts, str):
+        raise InputError("texts is a text: several are expected")
     grouper = grouper or SubtokenGrouper()
     grouping = tokenizer if isinstance(tokenizer, GroupingTokenizer) else grouper.tokenizer(tokenizer)
     rows = []
@@ -274,7 +286,8 @@ def merge_stats(
     table = pl.DataFrame(rows, schema=["subtokens", "groups", "units", "parse_ok"], orient="row")
     size = transformers.RobertaConfig() if model is None else model
     before, after = table["subtokens"].to_list(), table["groups"].to_list()
-    saving = 1 - flops(size, before, after) / np.maximum(flops(size, before), 1)
+    whole = flops(size, before)
+    saving = (whole - flops(size, before, after)) / np.maximum(whole, 1)
     return MergeStats(table.with_columns(saving=pl.Series(saving)))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
-from downriver.core.errors import InputError, require, unknown
+from downriver.core.errors import InputError, MissingExtra, require, unknown
 
 Kind = Literal["identifier", "keyword", "literal", "operator", "other"]
 Lexer = Literal["stdlib", "tree-sitter", "pygments", "regex"]
@@ -90,7 +90,7 @@ class _Unreadable(Exception):
     """The lexer does not make sense of the program."""
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def split(text: str, language: str = "python", lexer: Lexer | None = None) -> Units:
     """Cut a program into its units, which tile it; never fails on a bad program.
 
@@ -227,7 +227,11 @@ def _pygments(text: str, language: str) -> list[Unit]:
 @cache
 def _parser(language: str) -> Any:
     tree_sitter = require("tree_sitter", "code")
-    grammar = require(f"tree_sitter_{_GRAMMARS.get(language, language)}", "code")
+    package = f"tree_sitter_{_GRAMMARS.get(language, language)}"
+    try:
+        grammar = importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtra(f"{package} is not installed: pip install {package.replace('_', '-')}") from error
     made = getattr(grammar, "language", None) or getattr(grammar, f"language_{language}")
     return tree_sitter.Parser(tree_sitter.Language(made()))
 
@@ -241,20 +245,21 @@ def _tree_sitter(text: str, language: str) -> list[Unit]:
     if tree.root_node.has_error:
         raise _Unreadable
     places = [place for place, char in enumerate(text) for _ in char.encode()] + [len(text)]
+    keywords = _KEYWORDS.get(language, frozenset())
     found: list[Unit] = []
     waiting = [tree.root_node]
     while waiting:
         node = waiting.pop()
-        whole = node.is_named and ("string" in node.type or "char" in node.type) and "concatenated" not in node.type
+        whole = node.is_named and re.search("(?<!concatenated_)string|char|regex", node.type) is not None
         if node.children and not whole:
             waiting.extend(reversed(node.children))
         elif node.end_byte > node.start_byte and "comment" not in node.type and not node.text.isspace():
+            start, end = places[node.start_byte], places[node.end_byte]
+            piece = text[start:end]
             kind: Kind = "literal"
-            if node.is_named and "identifier" in node.type:
-                kind = "identifier"
-            elif not whole and chr(node.text[0]).isalpha():
-                kind = "keyword"
-            elif not node.is_named:
-                kind = "operator"
-            found.append(Unit(places[node.start_byte], places[node.end_byte], kind))
+            if not node.is_named:
+                kind = "keyword" if piece[0].isalpha() else "operator"
+            elif not whole and re.fullmatch(rf"@{{,2}}{_WORD}", piece):
+                kind = "keyword" if piece in keywords else "identifier"
+            found.append(Unit(start, end, kind))
     return found
