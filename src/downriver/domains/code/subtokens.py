@@ -237,7 +237,8 @@ class MergeStats:
     def saving(self) -> dict[str, float]:
         """The mean saving of a text, the median, and what 95 % of the texts stay below."""
         values = self.table["saving"].to_numpy()
-        return {"mean": values.mean(), "median": np.median(values), "95 %": np.quantile(values, 0.95)}
+        found = values.mean(), np.median(values), np.quantile(values, 0.95)
+        return {name: float(v) for name, v in zip(("mean", "median", "95 %"), found, strict=True)}
 
 
 def merge_stats(
