@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from downriver.core.compiled import WORTHWHILE
 from downriver.core.errors import InputError
 from downriver.merge import kth_magnitude, quantile
 from downriver.nn.select import THREE_PASSES, TWO_PASSES, RadixSelect
@@ -86,3 +87,18 @@ def test_other_types_no_values_and_shares_beyond_one_are_refused():
         kth_magnitude(torch.ones(0), 1)
     with pytest.raises(InputError, match=r"1\.5.*share"):
         quantile(torch.ones(3), 1.5)
+
+
+@pytest.mark.parametrize("digits", [TWO_PASSES, THREE_PASSES])
+def test_compiled_counts_are_those_of_tensor_operations(digits, monkeypatch):
+    pytest.importorskip("numba", reason="the extra fast is not installed")
+    x = torch.randn(WORTHWHILE + 3, generator=torch.Generator().manual_seed(3)) * 1e-3
+    x[:8] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf, math.nan, 1.0])
+    select = RadixSelect(len(x) // 3, digits)
+    while select.passes_left:
+        fast = select.counts(x)
+        with monkeypatch.context() as patch:
+            patch.setattr("downriver.nn.select.compiled", lambda module: None)
+            assert torch.equal(fast, select.counts(x))
+        select.narrow(fast)
+    assert bits(select.value) == bits(x[~x.isnan()].abs().sort().values[len(x) // 3 - 1].item())

@@ -8,6 +8,7 @@ takes about ``2 · b · ((N + 1) · (bytes read + 8) + 16 · N + 64)`` bytes a t
 import collections
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from downriver.core import compiled
 from downriver.core.errors import InputError, unknown
 from downriver.merge.method import Known, Method, Tally, square, task_vector
 from downriver.merge.report import total as total_of
@@ -464,17 +466,22 @@ def _fit(
     per_element = 2 * ((n + 1) * (widest + 8) + 16 * n + 64)  # twice what is alive: the heap is never packed
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     least = max([SMALLEST, *(e.row for e in merged if e.method.whole_rows)])
-    largest = max(least, LARGEST if device.type == "cpu" else LARGEST_ON_GPU)
+    rooms = [(max_bytes, LARGEST if device.type == "cpu" else LARGEST_ON_GPU)]
+    if device.type == "cpu" and importlib.util.find_spec("numba"):  # else blocks too small for compiled loops
+        rooms = [(max_bytes - compiled.MEMORY, LARGEST)] if max_bytes >= 2 * compiled.MEMORY else []
+        rooms.append((max_bytes, compiled.WORTHWHILE - 1))
     selections = len(merged[0].method.ranks(n, 1))
     smallest = 0
-    for threads in range(min(cores, 4) if workers is None else max(1, workers), 0, -1):
-        for digits in (TWO_PASSES, THREE_PASSES):
-            counters = (threads + 2) * selections * 8 * (1 << max(digits))
-            smallest = counters + threads * least * per_element
-            block = (max_bytes - counters) // (threads * per_element)
-            if block >= max(least, largest // 8 if threads > 1 or digits is TWO_PASSES else 0):
-                block = min(block, largest)
-                return block, min(threads, -(-sum(e.merged for e in merged) // block)), digits
+    for room, most in rooms:
+        largest = max(least, most)
+        for threads in range(min(cores, 4) if workers is None else max(1, workers), 0, -1):
+            for digits in (TWO_PASSES, THREE_PASSES):
+                counters = (threads + 2) * selections * 8 * (1 << max(digits))
+                smallest = counters + threads * least * per_element
+                block = (room - counters) // (threads * per_element)
+                if block >= max(least, largest // 8 if threads > 1 or digits is TWO_PASSES else 0):
+                    block = min(block, largest)
+                    return block, min(threads, -(-sum(e.merged for e in merged) // block)), digits
     raise InputError(f"max_bytes of {max_bytes} is too small for {n} models: at least {smallest} bytes are needed")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from downriver.core.compiled import WORTHWHILE, compiled
 from downriver.core.errors import InputError
 
 TWO_PASSES = (15, 16)
@@ -63,7 +64,10 @@ class RadixSelect:
             raise InputError(f"a chunk is {x.dtype}: magnitudes are selected among float32 values")
         width = self._digits[0]
         below = 31 - self._known - width
-        bits = x.reshape(-1).view(torch.int32) & 0x7FFFFFFF
+        bits = x.reshape(-1).view(torch.int32)
+        if x.device.type == "cpu" and len(bits) >= WORTHWHILE and (kernel := compiled("downriver.nn.select_kernel")):
+            return torch.from_numpy(kernel.count_digits(bits.numpy(), self._prefix, below, width))
+        bits = bits & 0x7FFFFFFF
         if self._known:
             bits = bits[(bits >> (below + width)) == self._prefix] & ((1 << (below + width)) - 1)
         return torch.bincount(bits >> below, minlength=1 << width)
