@@ -1,11 +1,12 @@
 """TIES of three checkpoints against mergekit and a plain copy, and the exact k-th magnitude against sorting.
 
-    python benchmarks/merge_ties.py [--megabytes 400] [--values 16] [--max-memory 256] [--mergekit PYTHON]
+    python benchmarks/merge_ties.py [--megabytes 1000] [--values 16] [--max-memory 512] [--mergekit PYTHON]
 
 ``--mergekit`` is the Python of an environment that has mergekit; without it the peer is left out, and said to be. Every
 merge runs in a process of its own, whose largest resident set is printed beside that of a process that only does
-its imports. Both merge by mergekit's arithmetic with density 0.2, and the results are compared. Times are wall seconds;
-processor seconds, which other work on the machine disturbs less, stand in brackets.
+its imports. Both merge by mergekit's arithmetic with density 0.2, and the results are compared; the paper's arithmetic
+and a plain average stand beside. Times are wall seconds; processor seconds, which other work on the machine disturbs
+less, stand in brackets.
 """
 
 import argparse
@@ -27,15 +28,15 @@ from downriver.merge import kth_magnitude
 
 OURS = """
 import json, sys, time
-from downriver.merge import Ties, merge
-compat = None if sys.argv[3] == "paper" else "mergekit"
+from downriver.merge import Average, Ties, merge
+method = {"average": Average(), "ties": Ties(), "ties, mergekit's": Ties(compat="mergekit")}[sys.argv[3]]
 def peak():  # of this program alone: ru_maxrss would start from that of the process which started it
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 import torch, transformers
 before, wall, cpu = peak(), time.perf_counter(), time.process_time()
 models = [f"{sys.argv[1]}/{m}" for m in "abc"]
-merge(models, f"{sys.argv[1]}/base", Ties(compat=compat), sys.argv[2], max_bytes=int(sys.argv[4]) * 2**20)
+merge(models, f"{sys.argv[1]}/base", method, sys.argv[2], max_bytes=int(sys.argv[4]) * 2**20)
 print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, (peak() - before) / 1024]))
 """
 THEIRS = """
@@ -120,9 +121,9 @@ def differences(a: Path, b: Path) -> tuple[int, int, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--megabytes", type=int, default=400, help="size of each checkpoint")
+    parser.add_argument("--megabytes", type=int, default=1000, help="size of each checkpoint")
     parser.add_argument("--values", type=int, default=16, help="millions of values to select from")
-    parser.add_argument("--max-memory", type=int, default=256, help="our bound in MiB")
+    parser.add_argument("--max-memory", type=int, default=512, help="our bound in MiB")
     parser.add_argument("--mergekit", default="", help="the Python of an environment that has mergekit")
     options = parser.parse_args()
     selection(options.values)
@@ -134,23 +135,23 @@ def main() -> None:
         copy, _ = timed(lambda: [shutil.copytree(folder / m, folder / f"copy-{m}") for m in ("base", *"abc")])
         for m in ("base", *"abc"):
             shutil.rmtree(folder / f"copy-{m}")
-        print(f"  plain copy of all four   {copy:7.1f} s")
+        print(f"  plain copy of all four      {copy:7.1f} s")
         ours: dict[str, list[float] | None] = {}
-        for kind in ("paper", "mergekit"):
-            out = str(folder / f"ours-{kind}")
+        for kind in ("average", "ties", "ties, mergekit's"):
+            out = str(folder / f"ours, {kind}")
             ours[kind] = merged(sys.executable, OURS, str(folder), out, kind, str(options.max_memory))
             if found := ours[kind]:
                 wall, cpu, peak = found
                 print(
-                    f"  downriver, {kind:13} {wall:7.1f} s ({cpu:.1f} s), peak {peak:.0f} MiB, {wall / copy:.1f} copies"
+                    f"  downriver, {kind:16} {wall:7.1f} s ({cpu:.1f} s), peak {peak:.0f} MiB, {wall / copy:.1f} copies"
                 )
         if not options.mergekit:
             print("  mergekit left out: give its Python with --mergekit")
         elif found := merged(options.mergekit, THEIRS, str(folder), str(folder / "theirs")):
             wall, cpu, peak = found
-            print(f"  mergekit                 {wall:7.1f} s ({cpu:.1f} s), peak {peak:.0f} MiB")
-            if own := ours["mergekit"]:
-                differ, total, most = differences(folder / "ours-mergekit", folder / "theirs")
+            print(f"  mergekit                    {wall:7.1f} s ({cpu:.1f} s), peak {peak:.0f} MiB")
+            if own := ours["ties, mergekit's"]:
+                differ, total, most = differences(folder / "ours, ties, mergekit's", folder / "theirs")
                 print(f"  mergekit / downriver: wall {wall / own[0]:.1f}, processor {cpu / own[1]:.1f}, ", end="")
                 print(f"memory {peak / own[2]:.1f}; {differ} of {total:,} values differ, by {most:g} at most")
     finally:
