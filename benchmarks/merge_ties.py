@@ -33,7 +33,9 @@ method = {"average": Average(), "ties": Ties(), "ties, mergekit's": Ties(compat=
 def peak():  # of this program alone: ru_maxrss would start from that of the process which started it
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-import torch, transformers
+import importlib.util, torch, transformers
+if importlib.util.find_spec("numba"):
+    import numba
 before, wall, cpu = peak(), time.perf_counter(), time.process_time()
 models = [f"{sys.argv[1]}/{m}" for m in "abc"]
 merge(models, f"{sys.argv[1]}/base", method, sys.argv[2], max_bytes=int(sys.argv[4]) * 2**20)
@@ -64,6 +66,7 @@ def selection(millions: int) -> None:
     x = torch.randn(millions << 20, generator=torch.Generator().manual_seed(0))
     k = x.numel() - x.numel() // 5
     chunks = x.split(1 << 18)
+    kth_magnitude(chunks[:1], 1)  # compiles
     peers: dict[str, Callable[[], float]] = {
         "radix select": lambda: kth_magnitude(chunks, k),
         "kthvalue": lambda: x.abs().kthvalue(k).values.item(),
