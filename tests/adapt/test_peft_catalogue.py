@@ -13,10 +13,11 @@ from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig
 from torch import nn
 
 from downriver import models
-from downriver.adapt import load_bottleneck, load_loramoe, merge_adapter
+from downriver.adapt import bitfit, load_bottleneck, load_loramoe, merge_adapter
 from downriver.adapt.peft_catalogue import catalogue, known, method, shape_of
 from downriver.core import InputError
 from downriver.models import Model, small
+from downriver.models.quantised import quantised
 from downriver.tasks import Task
 
 WEIGHTS = ("bitfit", "fish_mask")  # train a part of the weights: nothing is added
@@ -207,15 +208,53 @@ def test_every_tuner_of_peft_is_there():
 
 
 def test_facts_of_the_installed_peft():
-    """Quantised bases, fused experts and mixed batches: what peft's own sources provide for."""
+    """Mixed batches: what peft's own sources provide for."""
     for name, entry in known().items():
         if not entry.peft_type or entry.peft_type == "LORA" or entry.targets == "model":
             continue
         package = importlib.import_module(f"peft.tuners.{entry.peft_type.lower()}")
         files = {path.stem: path.read_text() for path in Path(package.__path__[0]).glob("*.py")}
-        backends = any("resolve_quantization_backend" in text or "Linear4bit" in text for text in files.values())
-        assert entry.quantised == backends, name
         assert entry.mixed_batches == ("_mixed_batch_forward" in files.get("layer", "")), name
+
+
+@pytest.fixture(scope="module")
+def in_4_bits(lm):
+    pytest.importorskip("bitsandbytes", reason="pip install 'downriver[quantised]'")
+    return quantised(lm, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in ADDED if name != "xlora"])
+def test_quantised_bases(name, in_4_bits, task, monkeypatch):
+    """The flag says where the method is what it says it is, on weights in 4 bits too: count, start, gradients."""
+    found, entry = method(name), known()[name]
+    if not entry.quantised:
+        with pytest.raises(InputError, match=f"{name} does not work on a quantised base"):
+            found.add(in_4_bits, None, task=task)
+        monkeypatch.setattr(in_4_bits.backbone, "is_quantized", False)  # what would happen
+    torch.manual_seed(0)
+    ids = torch.randint(10, 200, (2, 12))
+    ids[:, 2:4] = torch.tensor([5, 6])
+    try:
+        config = found.config(in_4_bits, **settings(name, {}))
+        adapted = found.add(in_4_bits, config, task=task)
+        plain, fresh = outputs(in_4_bits, task), outputs(adapted, task)
+        works = trains(adapted) == found.parameters(in_4_bits, config)
+        works &= (float((fresh - plain).abs().max()) < 1e-5) == entry.identity
+        moved(adapted)
+        works &= float((outputs(adapted, task) - fresh).abs().max()) > 1e-6
+        adapted.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)["loss"].backward()
+        works &= all(p.grad is not None for p in adapted.backbone.parameters() if p.requires_grad)
+    except (InputError, RuntimeError, TypeError, ValueError):
+        works = False
+    assert works == entry.quantised
+
+
+def test_biases_of_a_quantised_base(letters):
+    pytest.importorskip("bitsandbytes", reason="pip install 'downriver[quantised]'")
+    base = quantised(small("text-encoder", "nano"), 4)
+    tuned = bitfit(base, letters, "32 examples", batch_size=8)
+    pairs = zip(base.backbone.named_parameters(), tuned.backbone.parameters(), strict=True)
+    assert {name.split(".")[-1] for (name, old), new in pairs if not old.equal(new)} == {"bias"}
 
 
 @pytest.mark.parametrize("name", [n for n, e in known().items() if e.targets == "linear" and e.name != "xlora"])

@@ -1,5 +1,6 @@
 """Code from words: pairs, prompts, recipes, outputs and losses."""
 
+import copy
 import json
 
 import datasets
@@ -13,14 +14,19 @@ from downriver.domains.codegen import (
     PROMPT,
     RECIPES,
     CodeTask,
+    _unfenced,
     completion_loss,
+    format_prompt,
     generate_code,
+    lacking,
     prompts,
     returns,
     target_loss,
     tune,
 )
 from downriver.models import small
+from downriver.models.quantised import quantised
+from downriver.training.engine import clone
 
 PAIRS = [{"intent": f"add {i}", "code": f"return x + {i}"} for i in range(12)]
 
@@ -102,6 +108,8 @@ def test_prompts_never_show_the_item_itself(retrieve):
 
 @pytest.mark.parametrize("method", list(RECIPES))
 def test_recipes(model, task, method):
+    if why := lacking(method):
+        pytest.skip(why)
     before = {name: p.clone() for name, p in model.backbone.named_parameters()}
     tuned = tune(model, task, method, "4 steps", batch_size=4, validations=1)
     assert all(torch.equal(p, before[name]) for name, p in model.backbone.named_parameters())
@@ -114,6 +122,7 @@ def test_recipes(model, task, method):
         "prompt": 20 * width,
         "prefix": 10 * 2 * layers * width,
     }
+    expected |= dict.fromkeys(("qlora4", "qlora8"), expected["lora"])
     assert trained == expected[method]
     asked = prompts([row["intent"] for row in task.splits["test"]])
     assert target_loss(tuned, asked, [row["code"] for row in task.splits["test"]]) > 0
@@ -126,6 +135,79 @@ def test_recipes(model, task, method):
         assert torch.allclose(prompt[0], model.backbone.get_input_embeddings().weight[first], atol=1e-6)
     if method != "full":
         assert isinstance(tuned.backbone, peft.PeftModel)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_weights_under_qlora_are_in_few_bits_and_stay(model, task, bits):
+    if why := lacking(f"qlora{bits}"):
+        pytest.skip(why)
+    tuned = tune(model, task, f"qlora{bits}", "4 steps", batch_size=4, validations=0, learning_rate=1e-2)
+    layer = tuned.backbone.get_base_model().model.layers[0]
+    expected = quantised(model, bits).backbone.model.layers[0]
+    for name in ("self_attn.q_proj.base_layer", "mlp.up_proj"):
+        weight, frozen = (
+            each.get_submodule(path).weight
+            for each, path in ((layer, name), (expected, name.removesuffix(".base_layer")))
+        )
+        assert weight.dtype == (torch.uint8 if bits == 4 else torch.int8) and torch.equal(weight, frozen)
+    assert layer.self_attn.q_proj.lora_B["default"].weight.abs().max() > 0
+    asked, code = (prompts([row["intent"] for row in PAIRS]), [row["code"] for row in PAIRS])
+    tuned = tune(model, task, f"qlora{bits}", "60 steps", batch_size=4, validations=0, learning_rate=1e-2)
+    assert target_loss(tuned, asked, code) < target_loss(model, asked, code) - 0.2
+
+
+@pytest.fixture
+def talking(model):
+    found = clone(model)
+    found.processor = copy.deepcopy(model.processor)
+    found.processor.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return found
+
+
+def test_chats_by_the_template_with_loss_on_the_answer_alone(talking, task):
+    messages = format_prompt("sub", [{"intent": "add", "code": "x"}], "chat")
+    assert messages == [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "sub"},
+    ]
+    row = task.token_rows(talking, style="chat").rows("train")[0]
+    prompt = talking.processor("<user>add 0<assistant>", add_special_tokens=False)["input_ids"]
+    answer = talking.processor("return x + 0", add_special_tokens=False)["input_ids"]
+    assert row["input_ids"] == [*prompt, *answer, talking.processor.eos_token_id]
+    assert row["labels"] == [-100] * len(prompt) + row["input_ids"][len(prompt) :]
+    asked = prompts(["add 1", "add 2"], PAIRS, shots=1, style="chat")
+    assert [turn["role"] for turn in asked[0]] == ["user", "assistant", "user"]
+    written = ["".join(f"<{turn['role']}>{turn['content']}" for turn in each) + "<assistant>" for each in asked]
+    start = talking.processor.bos_token
+    talking.processor.chat_template = start + talking.processor.chat_template  # as a text is begun
+    assert target_loss(talking, asked, ["a", "b"]) == pytest.approx(target_loss(talking, written, ["a", "b"]))
+    assert generate_code(talking, asked, k=2, max_new_tokens=4) == generate_code(
+        talking, written, k=2, max_new_tokens=4
+    )
+
+
+def test_the_code_of_an_answer():
+    assert _unfenced("Here:\n```python\ndef f():\n    return 1\n```\nDone.") == "def f():\n    return 1"
+    assert _unfenced("```\ncut off") == "cut off"
+    assert _unfenced("\nreturn 1\n###\n") == "return 1\n###"
+
+
+def test_bad_styles(model, task):
+    with pytest.raises(InputError, match="style"):
+        format_prompt("x", style="poem")
+    with pytest.raises(InputError, match="no chat template"):
+        tune(model, task, "lora", style="chat")
+    with pytest.raises(InputError, match="no chat template"):
+        generate_code(model, prompts(["x"], style="chat"), k=1)
+
+
+def test_only_causal_language_models(task):
+    with pytest.raises(InputError, match="kind text-encoder: a causal-lm"):
+        tune(small("text-encoder", "nano"), task, "lora")
 
 
 def test_outputs_of_a_batch_are_those_of_single_prompts(model):

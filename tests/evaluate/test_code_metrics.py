@@ -1,6 +1,7 @@
 """Exact match, pass@k and likeness of code."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from downriver.core.errors import InputError
-from downriver.evaluate.code_metrics import _bleu, exact_match_at_k, likeness, pass_at_k
+from downriver.evaluate.code_metrics import _bleu, _steps, exact_match_at_k, likeness, pass_at_k
 
 
 def test_exact_match_by_hand():
@@ -46,7 +47,7 @@ def test_pass_at_k_is_the_share_of_draws(n, c, k):
 
 def test_likeness():
     same = likeness(["def f(x):\n    return x + 1"] * 2, ["def f(x):\n    return x + 1"] * 2)
-    assert (same.tokens, same.keywords, same.syntax, same.mean) == (1, 1, 1, 1)
+    assert (same.tokens, same.keywords, same.syntax, same.flow, same.mean) == (1, 1, 1, 1, 1)
     renamed = likeness(["return total + step"], ["return a + b"])
     assert renamed.syntax == 1 and renamed.tokens < 1  # trees have no names
     assert likeness(["return ("], ["return a"]).syntax == 0
@@ -54,6 +55,35 @@ def test_likeness():
     assert other.mean < 0.5 and other.syntax < 0.5
     keyed, plain = likeness(["return z"], ["return a"]), likeness(["b = a"], ["b = c"])
     assert keyed.keywords > keyed.tokens and plain.keywords == plain.tokens
+
+
+def test_data_flow_by_hand():
+    """Parameters, assignments and uses; names are numbered as values reach them."""
+    text = "def f(a, b):\n    c = a + b\n    c += a\n    return c"
+    a, b, c = range(3)
+    assert _steps(text) == Counter(
+        [(a, ()), (b, ()), (a, (a,)), (b, (b,)), (c, (a, b)), (a, (a,)), (c, (c, a)), (c, (c,))]
+    )
+    loop = "def f(xs):\n    for x in xs:\n        y = x\n    return y"
+    xs, x, y = range(3)
+    assert _steps(loop) == Counter([(xs, ()), (xs, (xs,)), (x, (xs,)), (x, (x,)), (y, (x,)), (y, (y,))])
+    each = "def f(xs):\n    return [x for x in xs]"
+    assert _steps(each) == Counter([(xs, ()), (xs, (xs,)), (x, (xs,)), (x, (x,))])
+    assert not _steps("return a + b") and not _steps("return (")
+
+
+def test_flow_counts_where_values_come_from():
+    reference = "def f(a, b):\n    c = a + b\n    return c"
+    renamed = likeness(["def f(x, y):\n    z = x - y\n    return z"], [reference])
+    assert renamed.flow == 1  # what is done to values is the tree's
+    other = likeness(["def f(a, b):\n    c = b\n    return a"], [reference])
+    assert other.flow is not None and 0 < other.flow < 1
+    assert likeness(["return ("], [reference]).flow == 0
+    assert other.mean == pytest.approx((other.tokens + other.keywords + other.syntax + other.flow) / 4)
+    plain = likeness(["return a + b"], ["return a * b"])
+    assert plain.flow is None and plain.mean == pytest.approx((plain.tokens + plain.keywords + plain.syntax) / 3)
+    both = likeness(["return a", "return ("], ["return a", reference])
+    assert both.flow == 0  # over all items together
 
 
 def test_bleu_agrees_with_sacrebleu():

@@ -130,7 +130,8 @@ class Bottlenecked(Model):
                 projection = self.backbone.get_submodule(site.output.name)
                 adapter = Bottleneck(site.output.outputs, config.width, config.activation, config.scale)
                 like = next(projection.parameters())
-                projection.add_module(PART, adapter.to(device=like.device, dtype=like.dtype))
+                dtype = like.dtype if like.is_floating_point() else torch.float32  # weights in few bits are integers
+                projection.add_module(PART, adapter.to(device=like.device, dtype=dtype))
                 if config.placement == "parallel":
                     self.backbone.get_submodule(site.entrance).register_forward_pre_hook(adapter.take)
                     projection.register_forward_hook(adapter.join)

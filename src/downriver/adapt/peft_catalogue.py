@@ -71,9 +71,10 @@ def catalogue() -> pl.DataFrame:
     ``family``; ``trains`` (W a weight, i inputs, o outputs, r rank, d width, k width of the keys); ``parameters`` (of
     one adapted layer, or in all); ``size`` (the setting that a budget fixes); ``mergeable`` (into plain weights with
     the same outputs); ``identity_at_init`` (a fresh adapter changes no output); whether it works on a ``quantised``
-    base, ``embeddings``, ``convolutions`` and the fused weights of ``experts``; ``mixed_batches`` (several adapters in
-    one batch); ``kinds`` of model; ``needs_data`` to start; ``learning_rate`` (the middle of the grid, after the
-    public comparison of peft and the papers); ``reference``, ``implemented`` and ``note``.
+    base (of ``models.quantised``), ``embeddings``, ``convolutions`` and the fused weights of ``experts``;
+    ``mixed_batches`` (several adapters in one batch); ``kinds`` of model; ``needs_data`` to start; ``learning_rate``
+    (the middle of the grid, after the public comparison of peft and the papers); ``reference``, ``implemented`` and
+    ``note``.
 
     >>> methods = catalogue()
     >>> methods.filter(name="dora")["parameters"].item()
@@ -199,13 +200,16 @@ class Method:
             Draws the start.
 
         BitFit and FISH masks add nothing: they train a part of the weights (``adapt.bitfit``, ``adapt.peft``).
-        Raises ``InputError`` where peft refuses the configuration, and for a missing task.
+        Raises ``InputError`` where peft refuses the configuration, for a missing task, and for a base in few bits that
+        the method does not work on (on such a one peft makes plain LoRA of some variants without a word).
         """
         entry = self.entry
         if entry.name in ("bitfit", "fish_mask"):
             raise InputError(f"{entry.name} adds no adapter: adapt.peft(..., tuner={entry.name!r}) trains the weights")
         if isinstance(model, Bottlenecked | LoRAMoE) or hasattr(model.backbone, "get_base_model"):
             raise InputError(f"the model {model.source} has an adapter: the plain model is expected (merge_adapter)")
+        if getattr(model.backbone, "is_quantized", False) and not entry.quantised:
+            raise InputError(f"{entry.name} does not work on a quantised base: {model.source or 'the model'} is one")
         if entry.name == "bottleneck":
             return Bottlenecked(model, config, seed=seed)
         if entry.name == "loramoe":

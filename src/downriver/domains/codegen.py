@@ -2,7 +2,8 @@
 
 Reach for ``study.codegen_study`` to compare ways of adapting a model to them. Data format, recipes and metrics are
 those of Weyssow et al., "Exploring Parameter-Efficient Fine-Tuning Techniques for Code Generation with Large Language
-Models" (2023), state of January 2024. Training is by AdamW in place of Adafactor.
+Models" (2023), state of January 2024, and its later chats. Departures: AdamW in place of Adafactor, a validation an
+epoch in place of five, and causal language models only.
 """
 
 import ast
@@ -16,7 +17,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import datasets
 import peft
@@ -26,11 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from downriver.core import Budget, InputError, charge, generator, seeded, unknown
-from downriver.data.synth.dpo import encode
+from downriver.data.synth.dpo import Messages, encode
 from downriver.models.model import Model
+from downriver.models.quantised import Bits, missing, quantised
 from downriver.nn.preference import IGNORED
 from downriver.training import TokenRows, fine_tune
-from downriver.training.engine import clone
+from downriver.training.engine import accelerator, clone
 
 PROMPT = "### Instruction:\n{intent}\n### Response:\n"
 STOP = "\n###"
@@ -39,14 +41,17 @@ INITIAL = "Generate Python code given a natural language instruction."
 ATTENTION = ("q_proj", "k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 FEED_FORWARD = ("down_proj", "fc2", "dense_4h_to_h")
 Pair = Mapping[str, str]
+Style = Literal["instruction", "chat"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one method is trained: its learning rate and what peft builds it from (None: all weights)."""
+    """How one method is trained: its learning rate, what peft builds it from (None: all weights), and the bits of the
+    frozen weights (None: as they are)."""
 
     learning_rate: float
     peft_type: str | None
+    bits: Bits | None = None
 
 
 RECIPES = {
@@ -55,9 +60,11 @@ RECIPES = {
     "ia3": Recipe(3e-3, "IA3"),
     "prompt": Recipe(3e-3, "PROMPT_TUNING"),
     "prefix": Recipe(3e-2, "PREFIX_TUNING"),
+    "qlora8": Recipe(3e-4, "LORA", 8),
+    "qlora4": Recipe(3e-4, "LORA", 4),
 }
 """The paper's: LoRA of rank 16, alpha 32 and dropout 0.05 on queries, keys and values; (IA)³ on these and the
-feed-forward layers; 20 virtual tokens of a prompt; 10 of a prefix."""
+feed-forward layers; 20 virtual tokens of a prompt; 10 of a prefix; QLoRA, which is LoRA on weights in 8 or 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +153,15 @@ class CodeTask:
                     splits[split].append(pair)
         return cls("stdlib", splits)
 
-    def token_rows(self, model: Model, splits: Sequence[str] = ("train", "validation")) -> TokenRows:
+    def token_rows(
+        self, model: Model, splits: Sequence[str] = ("train", "validation"), style: Style = "instruction"
+    ) -> TokenRows:
         """Prompt, code and end of text; the loss is on the last two."""
-        rows = {
-            split: datasets.Dataset.from_list(
-                encode(model, [(PROMPT.format(intent=row["intent"]), row["code"]) for row in self.splits[split]])
-            )
-            for split in splits
-        }
+        rows = {}
+        for split in splits:
+            asked = prompts([row["intent"] for row in self.splits[split]], style=style)
+            code = [row["code"] for row in self.splits[split]]
+            rows[split] = datasets.Dataset.from_list(_encoded(model, asked, code))
         return TokenRows(self.name, rows, pad=model.processor.pad_token_id or 0)
 
 
@@ -201,16 +209,23 @@ def tune(
     learning_rate: float | None = None,
     batch_size: int = 8,
     validations: int = 5,
+    style: Style = "instruction",
     seed: int = 0,
 ) -> Model:
     """The model adapted to the task by one of ``RECIPES``; the weights are those with the lowest validation loss.
 
     ``budget`` is five epochs by default, ``learning_rate`` the recipe's (they differ 600 times: one rate for all
-    methods compares rates). Raises ``InputError`` for unknown methods and models without the layers that it needs.
+    methods compares rates), ``style`` as in ``format_prompt``. A model in few bits stays where it was trained.
+
+    Raises ``InputError`` for unknown methods, models that are no causal language models, lack the layers that the
+    method needs, or the chat template; ``MissingExtra`` where QLoRA lacks bitsandbytes.
     """
     if method not in RECIPES:
         raise unknown("method", method, RECIPES)
-    recipe, tuned = RECIPES[method], clone(model)
+    if model.kind != "causal-lm":
+        raise InputError(f"{model.source or 'the model'} is of the kind {model.kind}: a causal-lm is expected")
+    recipe = RECIPES[method]
+    tuned = quantised(model, recipe.bits, device=accelerator()) if recipe.bits else clone(model)
     if recipe.peft_type:
         with seeded("codegen", method, seed):
             tuned.backbone = peft.get_peft_model(tuned.backbone, _config(tuned, recipe.peft_type))
@@ -218,7 +233,7 @@ def tune(
             _start_from_text(tuned)
     return fine_tune(
         tuned,
-        task.token_rows(tuned),
+        task.token_rows(tuned, style=style),
         budget or Budget(5 * len(task.splits["train"]), "examples"),
         learning_rate=learning_rate or recipe.learning_rate,
         batch_size=batch_size,
@@ -241,18 +256,55 @@ def completion_loss(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Tens
     return {"loss": loss, "logits": logits}
 
 
+def lacking(method: str) -> str | None:
+    """Why a recipe cannot be followed on this machine; None where it can.
+
+    >>> lacking("lora")
+    """
+    bits = RECIPES[method].bits if method in RECIPES else None
+    return missing(bits, accelerator()) if bits else None
+
+
+def format_prompt(intent: str, examples: Sequence[Pair] = (), style: Style = "instruction") -> str | Messages:
+    """What a model is asked, after examples: the paper's text, or for ``chat`` messages, which the tokenizer's chat
+    template writes.
+
+    >>> format_prompt("add", [{"intent": "subtract", "code": "a - b"}])
+    '### Instruction:\\nsubtract\\n### Response:\\na - b\\n### Instruction:\\nadd\\n### Response:\\n'
+    >>> format_prompt("add", style="chat")
+    [{'role': 'user', 'content': 'add'}]
+    """
+    if style not in get_args(Style):
+        raise unknown("style", style, get_args(Style))
+    if style == "instruction":
+        before = "".join(PROMPT.format(intent=row["intent"]) + row["code"] + "\n" for row in examples)
+        return before + PROMPT.format(intent=intent)
+    turns = [
+        {"role": role, "content": row[field]}
+        for row in examples
+        for role, field in (("user", "intent"), ("assistant", "code"))
+    ]
+    return [*turns, {"role": "user", "content": intent}]
+
+
 def prompts(
-    intents: Sequence[str], examples: Sequence[Pair] = (), *, shots: int = 0, retrieve: bool = False, seed: int = 0
-) -> list[str]:
+    intents: Sequence[str],
+    examples: Sequence[Pair] = (),
+    *,
+    shots: int = 0,
+    retrieve: bool = False,
+    style: Style = "instruction",
+    seed: int = 0,
+) -> list[str | Messages]:
     """A prompt for every intent, after ``shots`` examples: drawn at random, or with ``retrieve`` the most similar ones
-    (TF-IDF), the nearest last. An example with the very intent is never shown.
+    (TF-IDF), the nearest last. An example with the very intent is never shown. ``style`` as in ``format_prompt``.
 
     >>> prompts(["add"], [{"intent": "add", "code": "x"}, {"intent": "sub", "code": "y"}], shots=1)[0].count("add")
     1
     """
     if shots and len(examples) <= shots:
         raise InputError(f"{len(examples)} examples: more than {shots} are expected")
-    found = []
+    found: list[str | Messages] = []
     texts = [row["intent"] for row in examples]
     near: Any = None
     if shots and retrieve:
@@ -263,22 +315,22 @@ def prompts(
         if shots:
             order = (-near[number]).argsort(kind="stable") if retrieve else _drawn(len(texts), seed, number)
             chosen = [int(i) for i in order if texts[i].strip() != intent.strip()][:shots][::-1]
-        before = "".join(PROMPT.format(intent=texts[i]) + examples[i]["code"] + "\n" for i in chosen)
-        found.append(before + PROMPT.format(intent=intent))
+        found.append(format_prompt(intent, [examples[i] for i in chosen], style))
     return found
 
 
 @torch.no_grad()
 def generate_code(
     model: Model,
-    asked: Sequence[str],
+    asked: Sequence[str | Messages],
     *,
     k: int = 10,
     max_new_tokens: int = 64,
     batch_size: int = 8,
     progress: bool = True,
 ) -> list[list[str]]:
-    """The k best outputs of a beam search of width k for each prompt, the best first; cut at the end of the code.
+    """The k best outputs of a beam search of width k for each prompt, the best first; cut at the end of the code. Of an
+    answer in a chat the first block between fences is taken, where there is one.
 
     Raises ``InputError`` where a prompt leaves no room for ``max_new_tokens``: cut examples make no fair comparison.
     """
@@ -287,7 +339,9 @@ def generate_code(
     training = model.training
     model.eval()
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = [start + row for row in tokenizer(list(asked), add_special_tokens=False)["input_ids"]]
+    written = [prompt if isinstance(prompt, str) else _chat(model, prompt) for prompt in asked]
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    ids = [start + row if isinstance(prompt, str) else row for prompt, row in zip(asked, ids, strict=True)]
     for text, row in zip(asked, ids, strict=True):
         if len(row) + max_new_tokens > model.max_length:
             raise InputError(
@@ -316,27 +370,71 @@ def generate_code(
             new = out[:, width:] if out.shape[1] > width else out
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
             for place, i in enumerate(chosen):
-                found[i] = [text.split(STOP)[0].rstrip() for text in texts[place * k : (place + 1) * k]]
+                cut = _before_stop if isinstance(asked[i], str) else _unfenced
+                found[i] = [cut(text) for text in texts[place * k : (place + 1) * k]]
             bar.update(len(chosen))
     model.train(training)
     return found
 
 
-@torch.no_grad()
-def target_loss(model: Model, asked: Sequence[str], code: Sequence[str], *, batch_size: int = 16) -> float:
+def target_loss(model: Model, asked: Sequence[str | Messages], code: Sequence[str], *, batch_size: int = 16) -> float:
     """Nats a token of the code and its end, given the prompts; over all tokens of all items."""
+    return nats_a_token(target_nats(model, asked, code, batch_size=batch_size))
+
+
+def nats_a_token(items: Sequence[tuple[float, int]]) -> float:
+    """The mean over all tokens of items with so many nats and tokens.
+
+    >>> nats_a_token([(3.0, 1), (1.0, 3)])
+    1.0
+    """
+    return sum(nats for nats, _ in items) / max(sum(tokens for _, tokens in items), 1)
+
+
+@torch.no_grad()
+def target_nats(
+    model: Model, asked: Sequence[str | Messages], code: Sequence[str], *, batch_size: int = 16
+) -> list[tuple[float, int]]:
+    """Nats and tokens of the code and its end, given the prompt, item by item."""
     training = model.training
     model.eval()
-    rows = encode(model, list(zip(asked, code, strict=True)))
-    total = count = 0.0
+    rows = _encoded(model, asked, code)
+    found = []
     for begin in range(0, len(rows), batch_size):
         part = [dict(row) for row in rows[begin : begin + batch_size]]
         table = TokenRows("rows", {"train": datasets.Dataset.from_list(part)}, pad=model.processor.pad_token_id or 0)
         batch = {name: value.to(model.device) for name, value in table.collate(model)(part).items()}
-        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total, count = total + float(completion_loss(model, batch)["loss"]) * tokens, count + tokens
+        labels = batch["labels"][:, 1:]
+        logits = completion_loss(model, batch)["logits"][:, :-1].float()
+        nats = torch.nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none").sum(1)
+        found += list(zip(nats.tolist(), (labels != IGNORED).sum(1).tolist(), strict=True))
     model.train(training)
-    return total / max(count, 1)
+    return found
+
+
+def _encoded(model: Model, asked: Sequence[str | Messages], code: Sequence[str]) -> list[dict[str, list[int]]]:
+    for prompt in asked:
+        if not isinstance(prompt, str):
+            _chat(model, prompt)  # says what lacks
+            break
+    return encode(model, list(zip(asked, code, strict=True)))
+
+
+def _chat(model: Model, prompt: Messages) -> str:
+    """Messages as the tokenizer's template writes them, ready for the answer."""
+    tokenizer: Any = model.processor
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"the tokenizer of {model.source or 'the model'} has no chat template: style='instruction'")
+    return str(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True))
+
+
+def _before_stop(text: str) -> str:
+    return text.split(STOP)[0].rstrip()
+
+
+def _unfenced(text: str) -> str:
+    fenced = re.search(r"```\w*\n(.*?)(?:```|$)", text, re.DOTALL)
+    return (fenced[1] if fenced else text).strip("\n").rstrip()
 
 
 def _config(model: Model, kind: str) -> peft.PeftConfig:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from downriver.models.mixture import MixtureForCausalLM as MixtureForCausalLM
     from downriver.models.mixture_export import export_mixture as export_mixture
     from downriver.models.model import Model as Model
+    from downriver.models.quantised import quantised as quantised
     from downriver.models.rope import critical_dim as critical_dim
     from downriver.models.rope import extend_context as extend_context
     from downriver.models.rope import ntk_scale as ntk_scale
@@ -67,6 +68,7 @@ __getattr__, __dir__, __all__ = attach(
         "flops_per_byte": "downriver.models.hat:flops_per_byte",
         "load": "downriver.models.load:load",
         "ntk_scale": "downriver.models.rope:ntk_scale",
+        "quantised": "downriver.models.quantised:quantised",
         "small": "downriver.models.small:small",
         "small_language_model": "downriver.models.small:small_language_model",
         "word_tokenizer": "downriver.models.tokenizers:word_tokenizer",

@@ -192,7 +192,11 @@ def _backbone(folder: Path, kind: Kind | None, options: dict[str, Any]) -> Model
     kind = kind or _kind(config, next(iter(config.architectures or ()), ""))
     with _explained(folder), seeded("load", type(config).__name__):
         backbone, info = _class(config, kind).from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            folder,
+            output_loading_info=True,
+            # to name a wrong shape below; weights in few bits have others than their layers
+            ignore_mismatched_sizes=getattr(config, "quantization_config", None) is None,
+            **options,
         )
     for name, found, expected in sorted(info["mismatched_keys"]):
         what = f"tensor {name!r} has the shape {tuple(found)}, a {kind} {type(backbone).__name__} {tuple(expected)}"

@@ -18,14 +18,18 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from downriver.core import Budget, InputError, Measurement, generator, seeded
 from downriver.evaluate.longcontext import Needle, needle_grid, ppl_curve
-from downriver.models import MaskedDiffusionConfig, MaskedDiffusionLM, Model, diffusion_objective, extend_context
+from downriver.models import (
+    MaskedDiffusionConfig,
+    MaskedDiffusionLM,
+    Model,
+    diffusion_objective,
+    extend_context,
+    word_tokenizer,
+)
 from downriver.reproductions.paper import Paper
 from downriver.study import Arm, above, better, shared, study
 from downriver.training.engine import clone, fine_tune
@@ -53,7 +57,6 @@ KNOWN, TWICE, FAR, GROWTH = (
 )
 
 WORDS, KEYS, VALUES, PAIRS = 256, 8, 8, 8  # words of the texts; keys; values of a key; pairs in a row
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "mask_token": "<mask>"}
 
 
 @study(
@@ -134,11 +137,7 @@ class Words:
         common, rare = set(ranked[:WORDS]), rng.permutation(ranked[WORDS : WORDS + KEYS * (1 + VALUES)]).tolist()
         self.keys, self.values = rare[:KEYS], np.array(rare[KEYS:]).reshape(KEYS, VALUES)
 
-        vocabulary = {word: n for n, word in enumerate([*SPECIAL.values(), "<unk>", *sorted(common), *rare])}
-        tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = WhitespaceSplit()
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **SPECIAL)
-
+        self.tokenizer = word_tokenizer([" ".join([*common, *rare])], end=False)
         texts = [" ".join(word for word in words if word in common) for words in found]
         order = rng.permutation(len(files))
         self.held = [texts[n] for n in order[: len(files) // 10]]
