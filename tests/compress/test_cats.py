@@ -9,6 +9,7 @@ import transformers
 from datasets import Dataset
 from torch import nn
 
+from downriver.adapt import lora
 from downriver.compress import cats, gate_sparsity
 from downriver.compress.cats import _activations
 from downriver.core.errors import InputError
@@ -16,8 +17,8 @@ from downriver.models import load, small
 from downriver.models.model import Model
 from downriver.models.surgery import gated_mlps, set_thresholds
 from downriver.nn.thresholded import CATSActivation
-from downriver.study.compose import load as compose
 from downriver.tasks.task import Task
+from downriver.training.engine import clone
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def model():
 def gates(model, task, split="train"):
     """All gate values of every block."""
     found = {}
-    for block, values in _activations(model, task, split, 10**9, 8, 0, False):
+    for block, values, _ in _activations(model, task, split, 10**9, 8, 0, False):
         found.setdefault(block, []).append(values)
     return [torch.cat(found[block]).abs().flatten() for block in sorted(found)]
 
@@ -105,6 +106,21 @@ def test_saved_and_loaded(model, task, tmp_path):
     assert sparse.backbone.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 9)
 
 
+def test_an_adapter_is_tuned_with_the_thresholds_in_place_and_keeps_them(model, task, tmp_path):
+    model.save(tmp_path / "base")
+    sparse = cats(load(tmp_path / "base"), task, sparsity=0.6)
+    tuned = lora(sparse, task, "2 steps", rank=2, learning_rate=1e-2)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    assert thresholds(tuned) == thresholds(sparse)
+    tuned.save(tmp_path / "tuned")
+    again = load(tmp_path / "tuned")
+    assert thresholds(again) == thresholds(sparse)
+    assert torch.equal(again.backbone(ids).logits, tuned.eval().backbone(ids).logits)
+    assert not torch.allclose(again.backbone(ids).logits, sparse.backbone(ids).logits)
+    lora(load(tmp_path / "base"), task, "2 steps", rank=2).save(tmp_path / "dense")
+    assert (tmp_path / "tuned" / "base").is_dir() and not (tmp_path / "dense" / "base").exists()
+
+
 def test_padding_does_not_count(model, task):
     alone = gates(model, Task("one", "language-modelling", {"train": task.rows("train").select([3])}, ("text",), None))
     [whole, *_] = gates(model, task)
@@ -130,6 +146,57 @@ def test_families(family, model, task, tmp_path):
     assert thresholds(load(tmp_path / "m")) == thresholds(sparse)
 
 
+MIXTURES = {
+    "Mixtral": {"num_local_experts": 3, "sliding_window": None},
+    "Qwen2Moe": {"num_experts": 3, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
+}
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts(family, experts, model, task, tmp_path):
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts_per_tok": 2}
+    config = getattr(transformers, f"{family}Config")(
+        **SMALL, **tokens, **MIXTURES[family], num_key_value_heads=2, vocab_size=300, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    backbone = transformers.AutoModelForCausalLM.from_config(config, experts_implementation=experts)
+    mixture = Model(backbone, kind="causal-lm", processor=model.processor, pooling="last", max_length=64)
+    sparse = cats(mixture, task, sparsity=0.5)
+    report = gate_sparsity(sparse, task, split="train", tokens=10**6)
+    assert list(report.blocks.values()) == pytest.approx([0.5] * len(report.blocks), abs=0.02)
+    lengths = [len(model.processor(text)["input_ids"]) for text in task.rows("train")["text"]]
+    assert report.tokens == sum(min(n, 64) for n in lengths)
+    [values, *_] = gates(mixture, task)
+    assert len(values) == 2 * report.tokens * (12 if family == "Qwen2Moe" else 24)  # each token has two experts
+    assert np.isnan(report.union) == (family == "Mixtral")  # the other has a shared, plain block besides
+    sparse.save(tmp_path / "m")
+    assert thresholds(load(tmp_path / "m")) == thresholds(sparse)
+
+
+def test_rows_that_are_not_flagged_are_not_needed(model, task):
+    """The bytes of the report: from the flagged rows alone comes what the dense model with its zeros gives."""
+    sparse = cats(model, task, sparsity=0.7)
+    seen = []
+    blocks = [block for _, block, _ in gated_mlps(sparse.backbone)]
+    hooks = [b.register_forward_hook(lambda m, i, o: seen.append((i[0][0], o[0]))) for b in blocks]
+    ids = torch.tensor([model.processor(task.rows("train")["text"][5])["input_ids"]])
+    with torch.no_grad():
+        sparse.backbone(ids)
+    read = dense = 0
+    for block, (states, expected), hook in zip(blocks, seen, hooks, strict=True):
+        hook.remove()
+        up, down = block.up_proj.weight.detach(), block.down_proj.weight.detach().T.contiguous()
+        for x, y in zip(states, expected, strict=True):
+            g = block.act_fn(block.gate_proj(x)).detach()
+            flagged = g.nonzero()[:, 0]
+            assert torch.allclose((g[flagged] * (up[flagged] @ x)) @ down[flagged], y, atol=1e-5)
+            read += block.gate_proj.weight.nbytes + up[flagged].nbytes + down[flagged].nbytes
+            dense += 3 * up.nbytes
+    one = Task("one", "language-modelling", {"train": task.rows("train").select([5])}, ("text",), None)
+    assert read / dense == pytest.approx(gate_sparsity(sparse, one, split="train").traffic)
+
+
 def test_what_is_refused(model, task):
     with pytest.raises(InputError, match="no gated feed-forward blocks"):
         cats(small("masked-lm", "nano"), task)
@@ -139,38 +206,18 @@ def test_what_is_refused(model, task):
         cats(model, task, sparsity=[0.1, 0.2, 0.3])
     with pytest.raises(InputError, match="unknown estimator 'p2'"):
         cats(model, task, estimator="p2")
+    broken = clone(model)
+    broken.backbone.model.layers[1].mlp.gate_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match="gated block 1 gives activations that are not finite"):
+        cats(broken, task)
+    nothing = Task(
+        "none", "language-modelling", {"train": task.rows("train"), "test": task.rows("train")}, ("text",), None
+    )
+    with pytest.raises(InputError, match="validation"):
+        cats(model, nothing, split="validation")
     with pytest.raises(InputError, match="has thresholds already"):
         cats(cats(model, task), task)
     with pytest.raises(InputError, match="has no thresholds"):
         gate_sparsity(model, task)
     with pytest.raises(InputError, match="1 thresholds for 2 gated blocks"):
         set_thresholds(model.backbone, [0.1])
-
-
-def test_three_lines_of_a_study(tmp_path):
-    """Tune by LoRA, merge with another one, then make it sparse, measured after each step."""
-    for name in ("train", "test"):
-        lines = [json.dumps({"text": f"the river number {i} runs to the {name}"}) for i in range(40)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
-    one = {"adapt": {"method": "lora", "rank": 2, "seed": 1}}
-    two = {"adapt": {"method": "lora", "rank": 2, "seed": 2}}
-    study = compose(
-        {
-            "name": "chain",
-            "model": "small:causal-lm:nano:0",
-            "task": {**files, "text": "text", "kind": "language-modelling"},
-            "budget": "32 examples",
-            "seeds": 1,
-            "arms": {
-                "one": one,
-                "two": two,
-                "merged": {"merge": {"method": "ties", "models": ["one", "two"]}},
-                "sparse": [{"from": "merged"}, {"compress": {"method": "cats", "sparsity": 0.5, "progress": False}}],
-            },
-        }
-    )
-    result = study.run(tmp_path / "runs", executor="serial", progress=False)
-    assert not result.failures, result.failures
-    losses = {a: v for a, m, v in result.rows().select("arm", "metric", "value").iter_rows() if m == "loss"}
-    assert set(losses) == {"one", "two", "merged", "sparse"} and losses["sparse"] != losses["merged"]

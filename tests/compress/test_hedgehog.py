@@ -146,6 +146,97 @@ def test_a_state_of_constant_size_generates_the_same(kind, task):
     assert torch.equal(beams, lm.generate(ids, num_beams=3, use_cache=False, **settings))
 
 
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Qwen3"])
+def test_a_softmax_window_as_long_as_the_text_is_softmax(family):
+    module = build(family)
+    ids = torch.tensor([[5, 9, 11, 3, 20, 7], [0, 0, 33, 6, 8, 4]])
+    mask = (ids != 0).long()
+    before = module(ids, attention_mask=mask).last_hidden_state
+    short, long = build(family), build(family)
+    convert(short, "hedgehog", chunk=2, keep_softmax_window=2)
+    convert(long, "hedgehog", chunk=2, keep_softmax_window=6)
+    found = [each(ids, attention_mask=mask).last_hidden_state for each in (short, long)]
+    assert torch.allclose(found[1][mask == 1], before[mask == 1], atol=1e-5)
+    assert not torch.allclose(found[0][mask == 1], before[mask == 1], atol=1e-4)
+    alone = short(ids[1:, 2:], position_ids=None if family != "GPT2" else torch.arange(2, 6)[None])
+    if family == "GPT2":  # its positions are absolute
+        assert torch.allclose(found[0][1, 2:], alone.last_hidden_state[0], atol=1e-5)
+    caught = []
+    for _, part in parts(short):
+        part.watch = caught.append
+    short(ids, attention_mask=mask)
+    for seen in caught:
+        assert torch.allclose(seen.student[0].sum(-1), torch.ones(()), atol=1e-5)
+    first = caught[0].student_output  # the first layer's input is the same in both modes
+    with torch.no_grad():
+        caught.clear()
+        part = parts(short)[0][1]
+        part.watch, outputs = None, []
+        hook = part.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+        short(ids, attention_mask=mask)
+        hook.remove()
+    assert torch.allclose(outputs[0][0], first[0], atol=1e-5)
+    assert torch.allclose(outputs[0][1, :, 2:], first[1, :, 2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_a_window_and_a_state_generate_the_same(window):
+    for lm in (small("causal-lm", "nano", seed=3).backbone.eval(), small_grouped()):
+        convert(lm, "hedgehog", chunk=4, keep_softmax_window=window)
+        ids, mask = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+        settings = {"max_new_tokens": 9, "do_sample": False, "attention_mask": mask, "min_new_tokens": 9}
+        cache = LinearCache(lm)
+        constant = lm.generate(ids, past_key_values=cache, **settings)
+        assert torch.equal(constant, lm.generate(ids, use_cache=False, **settings))
+        assert torch.equal(constant, lm.generate(ids, **settings))  # an ordinary cache
+        recent = cache.layers[0].recent[0]
+        assert recent.shape[1:3] == (lm.config.num_key_value_heads, min(window, 13))
+        beams = lm.generate(ids, past_key_values=LinearCache(lm), num_beams=3, **settings)
+        assert torch.equal(beams, lm.generate(ids, num_beams=3, use_cache=False, **settings))
+        cache.reset()
+        assert torch.equal(lm.generate(ids, past_key_values=cache, **settings), constant)
+
+
+def small_grouped():
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**SMALL | TOKENS | {"num_key_value_heads": 1, "initializer_range": 0.3})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_window_is_nearer_to_softmax_trained_saved_and_loaded(model, task, tmp_path):
+    model = clone(model)
+    for name, weight in model.backbone.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= 10  # weights that are far from equal
+    plain, windowed = (
+        hedgehog(model, task, "20 steps", batch_size=4, keep_softmax_window=window) for window in (0, 24)
+    )
+    near, far = (attention_fidelity(each, task, progress=False) for each in (windowed, plain))
+    assert (near["kl"] < 0.8 * far["kl"]).all() and (near["kl"] >= 0).all()
+    before = clone(model)
+    convert(before.backbone, "hedgehog", keep_softmax_window=24)
+    factors = [parts(each.backbone)[0][1].factor() for each in (before, windowed)]
+    assert torch.allclose(factors[0], torch.tensor(32.0)) and not torch.allclose(*factors, rtol=1e-3)
+    windowed.save(tmp_path / "windowed")
+    again, ids = load(tmp_path / "windowed"), torch.arange(65, 90)[None]
+    assert torch.equal(again.backbone(ids).logits, windowed.eval().backbone(ids).logits)
+    assert parts(again.backbone)[0][1].window == 24
+    with pytest.raises(InputError, match="keep_softmax_window is -1"):
+        hedgehog(model, task, keep_softmax_window=-1)
+    with pytest.raises(InputError, match=r"keep_softmax_window: a \w+ looks both ways"):
+        hedgehog(small("masked-lm", "nano"), task, keep_softmax_window=8)
+
+
+def test_images_are_attended_in_linear_time_too():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**{**SMALL, "image_size": 16, "patch_size": 4, "initializer_range": 0.3})
+    vit, pixels = transformers.ViTModel(config).eval(), torch.randn(2, 3, 16, 16)
+    before = vit(pixels).last_hidden_state
+    convert(vit, "hedgehog")
+    found = vit(pixels).last_hidden_state
+    assert len(parts(vit)) == 2 and found.isfinite().all() and not torch.allclose(found, before, atol=1e-3)
+
+
 def test_some_layers_keep_softmax(model, task):
     ids = torch.tensor([[65, 66, 67, 68]])
     first = hedgehog(model, task, "1 steps", batch_size=2, layers=[1])
@@ -163,7 +254,7 @@ def test_saved_and_loaded(linear, model, tmp_path):
     again.save(tmp_path / "twice")
     assert torch.equal(load(tmp_path / "twice").backbone(ids).logits, again.backbone(ids).logits)
     stored = json.loads((tmp_path / "linear" / "config.json").read_text())["downriver_linear_attention"]
-    assert stored == {"feature_map": "hedgehog", "layers": [0, 1], "chunk": 64, "eps": 1e-12}
+    assert stored == {"feature_map": "hedgehog", "layers": [0, 1], "chunk": 64, "eps": 1e-12, "keep_softmax_window": 0}
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "linear").eval()
     assert torch.allclose(plain(ids).logits, model.backbone(ids).logits, atol=1e-5)  # softmax, the weights untouched
 
@@ -204,6 +295,13 @@ def test_what_is_refused(model, linear, task):
         LinearCache(model.backbone)
     with pytest.raises(InputError, match="four dimensions"):
         linear.backbone(torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    with pytest.raises(InputError, match="output_attentions: linear attention makes no weights"):
+        linear.backbone(torch.tensor([[1, 2]]), output_attentions=True)
+    for other in ("Bloom", "Falcon"):  # with ALiBi's biases
+        more = {"n_head": 2, "n_layer": 2} if other == "Bloom" else {"alibi": True, "num_attention_heads": 2}
+        config = getattr(transformers, f"{other}Config")(hidden_size=16, vocab_size=64, **more)
+        with pytest.raises(InputError, match=f"{other}Model adds ALiBi's biases"):
+            convert(getattr(transformers, f"{other}Model")(config), "hedgehog")
     config = transformers.MistralConfig(**(SMALL | TOKENS))
     with pytest.raises(InputError, match="sliding window"):
         convert(transformers.MistralModel(config), "hedgehog")

@@ -154,6 +154,18 @@ def test_under_an_adapter():
     assert torch.equal(tuned(IDS).logits, plain(IDS).logits)
 
 
+def test_an_adapter_is_saved_with_the_positions_below_it(tmp_path):
+    import peft
+
+    small("causal-lm", "tiny").save(tmp_path / "base")
+    model = load(tmp_path / "base")
+    extend_context(model, 1024)
+    model.backbone = peft.get_peft_model(model.backbone, peft.LoraConfig(target_modules=["q_proj"], r=2)).eval()
+    model.save(tmp_path / "tuned")
+    again = load(tmp_path / "tuned")
+    assert again.max_length == 1024 and torch.equal(again.backbone(IDS).logits, model.backbone(IDS).logits)
+
+
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
 def test_another_scaling_is_dropped_only_when_asked(kind):
     settings = {"rope_type": kind, "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 64}

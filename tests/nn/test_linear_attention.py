@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from downriver.core.errors import InputError
-from downriver.nn.linear_attention import FEATURE_MAPS, FeatureMap, attention_weights, linear_attention, summed
+from downriver.nn.linear_attention import (
+    FEATURE_MAPS,
+    FeatureMap,
+    attention_weights,
+    linear_attention,
+    summed,
+    windowed_attention,
+    windowed_weights,
+)
 
 
 def draw(length, features=6, dim=5, seed=0):
@@ -102,3 +110,81 @@ def test_performer_estimates_the_softmax_kernel():
 def test_an_unknown_map_is_named():
     with pytest.raises(InputError, match="hedgehgo"):
         FeatureMap("hedgehgo", 1, 4)
+
+
+def drawn_window(length, dim=4, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, 2, 3, length, dim, generator=rng).unbind()
+    return q, k, v, q.exp(), k.exp(), torch.tensor([0.5, 1.0, 20.0]).view(3, 1, 1)
+
+
+def causal(length):
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize(("length", "window", "chunk"), [(1, 1, 1), (7, 3, 2), (16, 4, 64), (33, 50, 8), (50, 7, 7)])
+def test_a_window_in_pieces_one_by_one_and_written_out(length, window, chunk):
+    q, k, v, fq, fk, factor = drawn_window(length, seed=length)
+    settings = {"window": window, "factor": factor, "scale": 0.5}
+    weights = windowed_weights(fq, fk, 0.5 * q @ k.mT, causal(length), window=window, factor=factor)
+    assert (weights >= 0).all() and (weights.triu(1) == 0).all()
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 3, length), atol=1e-5)
+    near = torch.ones(length, length).triu(1 - window).bool() & causal(length)
+    expected = torch.where(near, factor * (0.5 * q @ k.mT).exp(), fq @ fk.mT) * causal(length)
+    assert torch.allclose(weights, expected / expected.sum(-1, keepdim=True), atol=1e-5)
+    full = weights @ v
+    whole, _ = windowed_attention(q, k, v, fq, fk, chunk=chunk, **settings)
+    assert torch.allclose(whole, full, atol=1e-5)
+    steps, state, first = [], None, 0
+    for t in range(length):  # a state, and the last keys again
+        keys = slice(first, t + 1)
+        y, state = windowed_attention(
+            q[:, :, t : t + 1],
+            k[:, :, keys],
+            v[:, :, keys],
+            fq[:, :, t : t + 1],
+            fk[:, :, keys],
+            state=state,
+            **settings,
+        )
+        steps.append(y)
+        first = max(0, t + 1 - window)
+    assert torch.allclose(torch.cat(steps, 2), full, atol=1e-5)
+    later = length // 2  # earlier keys without a state
+    y, _ = windowed_attention(q[:, :, later:], k, v, fq[:, :, later:], fk, chunk=chunk, **settings)
+    assert torch.allclose(y, full[:, :, later:], atol=1e-5)
+
+
+def test_a_window_over_everything_is_softmax_and_perfect_maps_give_it_at_any():
+    q, k, v, fq, fk, factor = drawn_window(20)
+    softmax = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for spread in (1, 40):  # scores far below zero, too
+        wide = nn.functional.scaled_dot_product_attention(spread * q, k, v, is_causal=True)
+        y, _ = windowed_attention(spread * q, k, v, fq, fk, window=20, factor=factor, scale=0.5, chunk=6)
+        assert torch.allclose(y, wide, atol=1e-4)
+    x, y = torch.rand(2, 2, 3, 20, 1).unbind()  # with one dimension near exp(xy) = Σ (xy)ⁿ/n!
+    powers = torch.arange(8)
+    roots = torch.tensor([math.factorial(n) for n in range(8)]) ** -0.5
+    kernel, _ = windowed_attention(
+        x, y, v, x**powers * roots, y**powers * roots, window=5, factor=torch.ones(3, 1, 1), scale=1.0, chunk=6
+    )
+    expected = nn.functional.scaled_dot_product_attention(x, y, v, is_causal=True, scale=1.0)
+    assert torch.allclose(kernel, expected, atol=1e-4) and not torch.allclose(softmax, expected, atol=1e-2)
+
+
+def test_keys_that_are_not_real_are_not_seen_in_a_window():
+    q, k, v, fq, fk, factor = drawn_window(12)
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, :5] = False
+    settings = {"window": 4, "factor": factor, "scale": 0.5, "chunk": 3}
+    y, _ = windowed_attention(q, k, v, fq, fk * real[:, None, :, None], real=real, **settings)
+    alone, _ = windowed_attention(*(x[:1, :, 5:] for x in (q, k, v, fq, fk)), **settings)
+    assert torch.allclose(y[:1, :, 5:], alone, atol=1e-5) and (y[0, :, :5] == 0).all()
+
+
+def test_a_windows_factor_learns():
+    q, k, v, fq, fk, factor = drawn_window(12)
+    factor.requires_grad_()
+    y, _ = windowed_attention(q, k, v, fq, fk, window=4, factor=factor, scale=0.5)
+    y.square().sum().backward()
+    assert factor.grad.isfinite().all() and (factor.grad != 0).all()

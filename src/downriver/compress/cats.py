@@ -36,7 +36,7 @@ class SparsityReport:
     """What a thresholded model leaves out on some text: of each gated block the share of gate values at zero.
 
     ``tokens`` were looked at. ``union`` is the share that is zero for all of four tokens at once, as a batch of four
-    needs it.
+    needs it; experts, which get tokens of their own, are left out of it (not a number where there are only experts).
     """
 
     blocks: Mapping[str, float]
@@ -72,7 +72,8 @@ def cats(
     Parameters
     ----------
     model
-        With gated blocks: Llama, Mistral, Qwen, Gemma, Phi-3 and their like.
+        With gated blocks: Llama, Mistral, Qwen, Gemma, Phi-3 and their like. The experts of a layer (Mixtral, Qwen's
+        mixtures) share one threshold.
     task
         Texts to calibrate on, as the model reads them; padding does not count. The paper takes 100 sequences of 1024
         tokens of general text.
@@ -82,7 +83,7 @@ def cats(
     split, tokens, seed
         Rows of this split in a random order until so many tokens were read (100 000, about the paper's).
     batch_size
-        Texts at once.
+        Texts at once; one in a model with experts.
     estimator
         ``histogram``: one pass, the threshold is right to one bin, 0.8 % of its value; ``exact``: two passes.
 
@@ -138,24 +139,29 @@ def gate_sparsity(
         raise InputError(f"{model.source or 'the model'} has no thresholds: what cats gives is expected")
     zeros, sizes = [0] * len(blocks), [0] * len(blocks)
     together, groups, seen = 0, 0, 0
-    for block, values in _activations(model, task, split, tokens, batch_size, seed, progress):
+    for block, values, count in _activations(model, task, split, tokens, batch_size, seed, progress):
         zero = values == 0
         zeros[block] += int(zero.sum())
         sizes[block] += zero.numel()
-        four = zero[: len(zero) // 4 * 4].view(-1, 4, zero.shape[-1]).all(1)
-        together, groups = together + int(four.sum()), groups + four.numel()
-        seen += len(values) if block == 0 else 0
+        if not _experts(blocks[block][1]):
+            four = zero[: len(zero) // 4 * 4].view(-1, 4, zero.shape[-1]).all(1)
+            together, groups = together + int(four.sum()), groups + four.numel()
+        seen += count if block == 0 else 0
     shares = {name: z / max(n, 1) for (name, _, _), z, n in zip(blocks, zeros, sizes, strict=True)}
-    return SparsityReport(shares, together / max(groups, 1), seen)
+    return SparsityReport(shares, together / groups if groups else math.nan, seen)
 
 
 def _activations(model: Model, task: Task, split: str, tokens: int, batch_size: int, seed: int, progress: bool) -> Any:
-    """The gate values of one block and batch after the other, (tokens, width) float32, padding left out."""
+    """The gate values of one block and batch after the other, (tokens, width) float32, padding left out: the block's
+    number, the values, and how many tokens the batch has (experts get each of them several times)."""
     rows, collate = task.rows(split), model.collate(task)
     if not len(rows):
         raise InputError(f"split {split!r} of {task.name} is empty: texts to calibrate on are expected")
     order = generator("cats", seed).permutation(len(rows)).tolist()
-    caught: dict[int, Tensor] = {}
+    caught: dict[int, list[Tensor]] = {}
+    experts = [_experts(block) for _, block, _ in gated_mlps(model.backbone)]
+    if any(experts):
+        batch_size = 1  # experts are not told which tokens are padding: there is none
     training, seen = model.training, 0
     model.eval()
     with _caught(model.backbone, caught), tqdm(total=tokens, desc="gates", disable=not progress, delay=2) as bar:
@@ -166,22 +172,30 @@ def _activations(model: Model, task: Task, split: str, tokens: int, batch_size: 
             with torch.no_grad():
                 model(**{name: value.to(model.device) for name, value in batch.items()})
             mask = batch["attention_mask"].bool().flatten().to(model.device)
-            seen += int(mask.sum())
-            bar.update(int(mask.sum()))
+            count = int(mask.sum())
+            seen += count
+            bar.update(count)
             for block, values in caught.items():
-                found = values.flatten(0, -2)[mask].float()
+                found = torch.cat([value.flatten(0, -2) for value in values]).float()
+                found = found if experts[block] else found[mask]
                 if not torch.isfinite(found).all():
                     raise InputError(f"gated block {block} gives activations that are not finite")
-                yield block, found
+                yield block, found, count
+            caught.clear()
     model.train(training)
 
 
+def _experts(block: nn.Module) -> bool:
+    """Whether a block is all the experts of a layer, whose matrices are one tensor of three dimensions."""
+    return isinstance(block.down_proj, Tensor)
+
+
 @contextmanager
-def _caught(backbone: nn.Module, caught: dict[int, Tensor]) -> Any:
-    """Meanwhile every gate's values of the last batch are kept by the number of the block."""
+def _caught(backbone: nn.Module, caught: dict[int, list[Tensor]]) -> Any:
+    """Meanwhile every gate's values, one tensor a call, are kept by the number of the block."""
 
     def keep(block: int, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        caught[block] = output
+        caught.setdefault(block, []).append(output)
 
     parts = [getattr(module, attribute) for _, module, attribute in gated_mlps(backbone)]
     hooks = [part.register_forward_hook(partial(keep, block)) for block, part in enumerate(parts)]
@@ -194,7 +208,7 @@ def _caught(backbone: nn.Module, caught: dict[int, Tensor]) -> Any:
 
 def _histogram(read: Any, wanted: Sequence[float]) -> list[float]:
     counts = torch.zeros(len(wanted), BINS, dtype=torch.int64)
-    for block, values in read():
+    for block, values, _ in read():
         bins = (values.reshape(-1).view(torch.int32) & 0x7FFFFFFF) >> 16
         counts[block] += torch.bincount(bins, minlength=BINS).cpu()
     found = []
@@ -210,7 +224,7 @@ def _exact(read: Any, wanted: Sequence[float]) -> list[float]:
     selects = [RadixSelect(partial(_rank, p)) for p in wanted]
     while selects[0].passes_left:
         totals: dict[int, Tensor] = {}
-        for block, values in read():
+        for block, values, _ in read():
             counts = selects[block].counts(values).cpu()
             totals[block] = totals[block].add_(counts) if block in totals else counts
         for block, select in enumerate(selects):

@@ -3,7 +3,9 @@
 Reach for it to make a loaded model's cost grow with the length of the text instead of its square, and its cache stay of
 one size: BERT, RoBERTa, ViT, GPT-2, Llama, Mistral, Qwen and their like. Zhang et al., "The Hedgehog & the Porcupine:
 Expressive Linear Attentions with Softmax Mimicry" (2024). Conversion loses something: fine-tune afterwards
-(``adapt.full``, ``adapt.lora``), as the paper does. The mean squared error of the outputs is LoLCATs' addition.
+(``adapt.full``, ``adapt.lora``), as the paper does. The mean squared error of the outputs and the softmax
+window beside the linear part are LoLCATs' additions; the window's weights are not divided by their largest, as theirs
+are, so that maps which match softmax's kernel give softmax. No kernels of our own: the path is torch's on every device.
 """
 
 from collections.abc import Sequence
@@ -38,6 +40,7 @@ def hedgehog(
     batch_size: int = 8,
     loss: Loss = "xent",
     chunk: int = 64,
+    keep_softmax_window: int = 0,
     seed: int = 0,
 ) -> Model:
     """A copy of the model with linear attention, its feature maps trained on the task's train split without labels.
@@ -52,7 +55,7 @@ def hedgehog(
     budget
         Of the distillation, like ``"200 steps"``; default two visits of every row (the paper: one or two epochs of
         text, five of a task). Maps without parameters (``elu``, ``relu``, ``cosformer``, ``performer``, ``taylor``)
-        are put in as they are.
+        are put in as they are, unless there is a window's factor to train.
     feature_map
         One of ``nn.linear_attention.FEATURE_MAPS``; default ``hedgehog``, and ``hedgehog_softmax`` for models in half
         precision.
@@ -64,6 +67,9 @@ def hedgehog(
         ``xent`` as above (the paper), ``mse`` of the heads' outputs, or ``both``.
     chunk
         Length of the pieces in which causal attention is computed.
+    keep_softmax_window
+        Keys, a query's own and those right before it, that keep softmax's weights in a causal model; the others are
+        linear, and one trained factor a head weighs the two. 0 (default) is the paper's; LoLCATs takes 64.
 
     ``save`` keeps everything, ``models.load`` restores it. For a state of constant size in ``generate`` give it
     ``past_key_values=LinearCache(model.backbone)``; other caches work, too, and grow. Texts must not be packed: the
@@ -84,7 +90,13 @@ def hedgehog(
         raise unknown("loss", loss, get_args(Loss))
     linear = clone(model)
     half = next(linear.backbone.parameters()).dtype in (torch.float16, torch.bfloat16)
-    convert(linear.backbone, feature_map or ("hedgehog_softmax" if half else "hedgehog"), layers=layers, chunk=chunk)
+    convert(
+        linear.backbone,
+        feature_map or ("hedgehog_softmax" if half else "hedgehog"),
+        layers=layers,
+        chunk=chunk,
+        keep_softmax_window=keep_softmax_window,
+    )
     if not any(True for _, part in parts(linear.backbone) for _ in part.parameters()):
         if budget is not None:
             raise InputError(f"feature_map {feature_map!r} has nothing to train: give no budget")

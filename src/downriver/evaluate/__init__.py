@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from downriver.evaluate.readers import Reader as Reader
     from downriver.evaluate.retention import retention as retention
     from downriver.evaluate.retrieval import half_document_retrieval as half_document_retrieval
+    from downriver.evaluate.robustness import robustness as robustness
+    from downriver.evaluate.safety import safety as safety
     from downriver.evaluate.sandbox import run_python as run_python
 
 __getattr__, __dir__, __all__ = attach(
@@ -83,6 +85,8 @@ __getattr__, __dir__, __all__ = attach(
         "run_python": "downriver.evaluate.sandbox:run_python",
         "random_task": "downriver.evaluate.geometry_task:random_task",
         "retention": "downriver.evaluate.retention:retention",
+        "robustness": "downriver.evaluate.robustness:robustness",
+        "safety": "downriver.evaluate.safety:safety",
         "surrogate_validity": "downriver.evaluate.collapse:surrogate_validity",
         "xor_task": "downriver.evaluate.geometry_task:xor_task",
     },

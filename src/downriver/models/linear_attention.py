@@ -17,7 +17,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from downriver.core.errors import InputError
 from downriver.core.tensors import open_checkpoint
 from downriver.models.surgery import attention_blocks
-from downriver.nn.linear_attention import FeatureMap, State, attention_weights, linear_attention, summed
+from downriver.nn.linear_attention import (
+    FeatureMap,
+    State,
+    attention_weights,
+    linear_attention,
+    summed,
+    windowed_attention,
+    windowed_weights,
+)
 
 SETTINGS = "downriver_linear_attention"
 """The entry of a configuration that says which layers were converted, and how."""
@@ -42,7 +50,12 @@ class Seen:
             self.products = (q.float() @ k.float().mT) * scale
             self.teacher = self.products.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
             self.teacher_output = self.teacher @ v.float()
-        self.student = attention_weights(part.query(q), part.keys(k), seen, part.eps)
+        features = part.query(q), part.keys(k)
+        if part.window:
+            own_weights: dict[str, Any] = {"window": part.window, "factor": part.factor(), "eps": part.eps}
+            self.student = windowed_weights(*features, self.products, seen, **own_weights)
+        else:
+            self.student = attention_weights(*features, seen, part.eps)
         self.student_output = self.student @ v.float()
 
 
@@ -55,40 +68,74 @@ class LinearAttention(nn.Module):
 
     watch: Watch | None = None
 
-    def __init__(self, kind: str, heads: int, key_heads: int, dim: int, chunk: int, eps: float, length: int) -> None:
+    def __init__(
+        self,
+        kind: str,
+        heads: int,
+        key_heads: int,
+        dim: int,
+        *,
+        chunk: int = 64,
+        eps: float = 1e-12,
+        length: int = 2048,
+        window: int = 0,
+    ) -> None:
         super().__init__()
         self.query, self.key = FeatureMap(kind, heads, dim, length), FeatureMap(kind, key_heads, dim, length)
-        self.groups, self.chunk, self.eps = heads // key_heads, chunk, eps
+        self.groups, self.chunk, self.eps, self.window = heads // key_heads, chunk, eps, window
         self.cache: LinearCacheLayer | None = None
+        if window:
+            with torch.no_grad():  # γ starts where a key of zeros counts the same within the window and beyond
+                nothing = self.query(torch.zeros(1, heads, 1, dim)).square().sum(-1, keepdim=True)[0]
+            self.log_factor = nn.Parameter(torch.where(nothing > 0, nothing, 1.0).log())
+
+    def factor(self) -> Tensor:
+        """γ (heads, 1, 1)."""
+        return self.log_factor.float().exp()
 
     def keys(self, k: Tensor, offset: int = 0) -> Tensor:
         """Features of keys that were repeated for grouped queries already, each by its own key head's map."""
         plain = k[:, :: self.groups]
         return self.key(plain, offset).repeat_interleave(self.groups, 1)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, causal: bool) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, causal: bool, scale: float | None = None
+    ) -> Tensor:
         """y (batch, heads, queries, d) from queries, keys and values (batch, heads, length, d); ``padding`` (batch,
-        keys): True for real tokens. Keys before the first query, as an ordinary cache gives them, are seen by all."""
+        keys): True for real tokens; ``scale`` of qᵀk in the window, 1/√d by default. Keys before the first query, as an
+        ordinary cache gives them, are seen by all."""
         cache = self.cache
+        if cache is not None and cache.recent is not None:
+            k, v = (
+                torch.cat([old.repeat_interleave(self.groups, 1), new], 2)
+                for old, new in zip(cache.recent, (k, v), strict=True)
+            )
         earlier = k.shape[-2] - q.shape[-2] if causal else 0
         start = cache.seen - k.shape[-2] if cache is not None else 0
         features_q, features_k = self.query(q, start + earlier), self.keys(k, start)
         if padding is not None:
-            features_k = features_k * padding[:, None, -k.shape[-2] :, None]
+            padding = padding[:, -k.shape[-2] :].bool()
+            features_k = features_k * padding[:, None, :, None]
         state = cache.state if cache is not None else None
-        if earlier:
-            state = summed(features_k[:, :, :earlier], v[:, :, :earlier], state)
-        y, state = linear_attention(
-            features_q,
-            features_k[:, :, earlier:],
-            v[:, :, earlier:],
-            causal=causal,
-            chunk=self.chunk,
-            eps=self.eps,
-            state=state,
-        )
+        settings: dict[str, Any] = {"chunk": self.chunk, "eps": self.eps}
+        if self.window:
+            if not causal:
+                raise InputError("a softmax window beside linear attention is for causal attention")
+            settings |= {"window": self.window, "factor": self.factor(), "real": padding}
+            settings["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
+            y, state = windowed_attention(q, k, v, features_q, features_k, state=state, **settings)
+        else:
+            if earlier:
+                state = summed(features_k[:, :, :earlier], v[:, :, :earlier], state)
+            new_k, new_v = features_k[:, :, earlier:], v[:, :, earlier:]
+            y, state = linear_attention(features_q, new_k, new_v, causal=causal, state=state, **settings)
         if cache is not None:
             cache.state = state
+            if self.window:
+                cache.recent = (
+                    k[:, :: self.groups, -self.window :].clone(),
+                    v[:, :: self.groups, -self.window :].clone(),
+                )
         return y.to(v.dtype)
 
 
@@ -99,14 +146,18 @@ def convert(
     layers: Literal["all"] | Sequence[int] = "all",
     chunk: int = 64,
     eps: float = 1e-12,
+    keep_softmax_window: int = 0,
 ) -> None:
     """Put linear attention into a transformers model, in place, and write it into its configuration.
+
+    With ``keep_softmax_window`` each query's last so many keys keep softmax's weights (``nn.windowed_attention``).
 
     ``models.load`` restores it from there; plain transformers ignores the entry and loads softmax attention with the
     other weights as they are.
 
     Raises ``InputError``, before anything is changed, for models that do not use transformers' attention interface,
-    encoder–decoders, sliding windows, capped or sunk logits, and layers that do not exist.
+    encoder–decoders, sliding windows, capped or sunk logits, layers that do not exist, and a softmax window in a model
+    that is not causal; when it runs, where ``output_attentions`` is asked for.
     """
     blocks = _convertible(model)
     chosen = list(range(len(blocks))) if layers == "all" else [int(layer) for layer in layers]
@@ -114,6 +165,10 @@ def convert(
         raise InputError(f"layers is {layers!r}: different numbers from 0 to {len(blocks) - 1} are expected")
     if chunk < 1:
         raise InputError(f"chunk is {chunk}: at least 1 is expected")
+    if keep_softmax_window < 0:
+        raise InputError(f"keep_softmax_window is {keep_softmax_window}: a number of keys, 0 for none, is expected")
+    if keep_softmax_window and not all(block.is_causal for _, block in blocks):
+        raise InputError(f"keep_softmax_window: a {type(model).__name__} looks both ways, a causal model is expected")
     if any(hasattr(block, PART) for _, block in blocks):
         raise InputError("the model has linear attention already: convert the original")
     config: Any = model.config
@@ -130,10 +185,14 @@ def convert(
             ),
             config.hidden_size // heads,
         )
-        part = LinearAttention(feature_map, heads, key_heads, dim, chunk, eps, length)
+        part = LinearAttention(
+            feature_map, heads, key_heads, dim, chunk=chunk, eps=eps, length=length, window=keep_softmax_window
+        )
         block.add_module(PART, part.to(next(block.parameters()).device).train(block.training))
         block.register_forward_pre_hook(_find_cache, with_kwargs=True)
-    setattr(config, SETTINGS, {"feature_map": feature_map, "layers": chosen, "chunk": chunk, "eps": eps})
+    settings = {"feature_map": feature_map, "layers": chosen, "chunk": chunk, "eps": eps}
+    setattr(config, SETTINGS, settings | {"keep_softmax_window": keep_softmax_window})
+    model.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
     model.set_attn_implementation(INTERFACE)  # type: ignore[operator]
 
 
@@ -162,7 +221,8 @@ def parts(model: nn.Module) -> list[tuple[str, LinearAttention]]:
 
 
 class LinearCacheLayer(CacheLayerMixin):
-    """One layer's state in place of its keys and values: its size does not grow with the length."""
+    """One layer's state in place of its keys and values, and the last keys and values of a softmax window: its size
+    does not grow with the length."""
 
     is_sliding = False
     is_croppable = False
@@ -170,6 +230,7 @@ class LinearCacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.state: State | None = None
+        self.recent: tuple[Tensor, Tensor] | None = None
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -196,12 +257,15 @@ class LinearCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """As new."""
-        self.state, self.seen = None, 0
+        self.state, self.recent, self.seen = None, None, 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
         if self.state is not None:
             self.state = State(*(x.index_select(0, beam_idx.to(x.device)) for x in self.state))
+        if self.recent is not None:
+            k, v = (x.index_select(0, beam_idx.to(x.device)) for x in self.recent)
+            self.recent = k, v
 
 
 class LinearCache(Cache):
@@ -225,6 +289,8 @@ def _convertible(model: nn.Module) -> list[tuple[str, nn.Module]]:
     what, config = type(model).__name__, getattr(model, "config", None)
     if hasattr(model, "merge_and_unload"):
         raise InputError("the model has adapters: merge them first (adapt.merge_adapter)")
+    if getattr(config, "alibi", False) or getattr(config, "model_type", None) in ("bloom", "mpt"):
+        raise InputError(f"a {what} adds ALiBi's biases to its attention: plain softmax attention is expected")
     if not hasattr(model, "set_attn_implementation") or config is None or not model._can_set_attn_implementation():  # type: ignore[operator]
         raise InputError(
             f"a {what} does not use transformers' attention interface: Llama, GPT-2, BERT and their like do"
@@ -245,6 +311,14 @@ def _convertible(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if hasattr(blocks[0][1], "sinks"):
         raise InputError(f"a {what} has attention sinks: plain softmax attention is expected")
     return blocks
+
+
+def _refuse_weights(model: Any, arguments: Any, named: dict[str, Any]) -> None:
+    if named.get("output_attentions", getattr(model.config, "output_attentions", False)):
+        raise InputError(
+            f"output_attentions: linear attention makes no weights, so a converted {type(model).__name__} has none "
+            "(compress.attention_fidelity writes them out)"
+        )
 
 
 def _find_cache(block: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
@@ -274,7 +348,7 @@ def _attention(
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
     part: LinearAttention | None = getattr(module, PART, None)
     if part is not None and part.watch is None:
-        return part(query, key, value, attention_mask, causal).transpose(1, 2), None
+        return part(query, key, value, attention_mask, causal, scaling).transpose(1, 2), None
     seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
     seen = (seen.tril(key.shape[-2] - query.shape[-2]) if causal else seen)[None, None]
     if attention_mask is not None:

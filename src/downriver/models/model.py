@@ -309,15 +309,26 @@ class Model(nn.Module):
         return F.cross_entropy(logits.float(), labels)
 
     def _base_is_source(self) -> bool:
-        """Whether loading ``source`` gives the very weights that lie under the adapter."""
+        """Whether loading ``source`` gives what lies under the adapter: its weights, and what was done to its parts."""
         from downriver.models.load import load
 
         mine = base_state(self)
         try:
-            named = load(self.source, kind=self.kind, dtype=_dtype(self)).backbone.state_dict()
+            source = load(self.source, kind=self.kind, dtype=_dtype(self)).backbone
         except InputError:
             return False
+        if _changes(source) != _changes(self.backbone):
+            return False
+        named = source.state_dict()
         return named.keys() == mine.keys() and all(torch.equal(named[k], mine[k].cpu()) for k in named)
+
+
+def _changes(backbone: Any) -> dict[str, Any]:
+    """The entries of a configuration that say what was done to a model, such as the thresholds of its gates."""
+    trunk = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    config: Any = getattr(trunk, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {name: value for name, value in settings.items() if name.startswith("downriver_")}
 
 
 def _dtype(model: Model) -> str:

@@ -92,7 +92,8 @@ def _inside(name: str, found: list[tuple[str, nn.ModuleList]]) -> bool:
 def gated_mlps(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """The gated feed-forward blocks y = W_down(act(W_gate x) ⊙ W_up x) of a model: name, block, name of its activation.
 
-    Llama, Mistral, Qwen, Gemma and their like, and Phi-3 with its fused gate and up projection.
+    Llama, Mistral, Qwen, Gemma and their like, Phi-3 with its fused gate and up projection, and the experts of Mixtral
+    and its like, all of one layer as one block.
 
     >>> from downriver.models import small
     >>> [(name, attribute) for name, _, attribute in gated_mlps(small("causal-lm", "nano").backbone)]

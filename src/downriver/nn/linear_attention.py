@@ -3,7 +3,8 @@
     y_i = φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_{j≤i} φ(k_j)
 
 Reach for ``compress.hedgehog`` to convert a model; the parts here are what it puts in. Maps: Zhang et al., "The
-Hedgehog & the Porcupine" (2024), with the older ones it is compared with. Features and sums are in float32.
+Hedgehog & the Porcupine" (2024), with the older ones it is compared with. Features and sums are in float32. Beside
+them the recent keys may keep softmax's weights (``windowed_attention``), as Zhang et al. have it in "LoLCATs" (2024).
 """
 
 from typing import NamedTuple
@@ -147,6 +148,12 @@ def linear_attention(
     if not causal:
         whole = summed(k, v, state)
         return (q @ whole.s) / ((q @ whole.z[..., None]) + eps), whole
+    numerator, denominator, last = _sums(q, k, v, chunk, state)
+    return numerator / (denominator + eps), last
+
+
+def _sums(q: Tensor, k: Tensor, v: Tensor, chunk: int, state: State | None) -> tuple[Tensor, Tensor, State]:
+    """Numerator (batch, heads, length, d) and denominator (…, 1) of causal attention, and the state after the last."""
     length = q.shape[-2]
     chunk = min(chunk, length)
     pad = -length % chunk
@@ -161,7 +168,103 @@ def linear_attention(
     within = (cut_q @ cut_k.mT).tril()
     numerator = within @ cut_v + cut_q @ earlier.s
     denominator = within.sum(-1, keepdim=True) + cut_q @ earlier.z[..., None]
-    return (numerator / (denominator + eps)).flatten(2, 3)[:, :, :length], last
+    return numerator.flatten(2, 3)[:, :, :length], denominator.flatten(2, 3)[:, :, :length], last
+
+
+def windowed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features_q: Tensor,
+    features_k: Tensor,
+    *,
+    window: int,
+    factor: Tensor,
+    scale: float,
+    real: Tensor | None = None,
+    chunk: int = 64,
+    eps: float = 1e-12,
+    state: State | None = None,
+) -> tuple[Tensor, State]:
+    """Softmax's own weights for the last ``window`` keys of each query, linear attention for the keys before them:
+
+        y_i = (γ Σ_{i−w<j≤i} exp(s_ij) v_j + φ(q_i)ᵀ Σ_{j≤i−w} φ(k_j) v_jᵀ) / (the same sums without v)
+
+    Parameters
+    ----------
+    q, k, v
+        Queries (batch, heads, n, d), keys and values (batch, heads, m, d); the last query stands at the last key.
+    features_q, features_k
+        φ of them, (…, f), 0 for keys that nobody sees.
+    window, factor, scale
+        w, at least 1; γ (heads, 1, 1), the weight of the two parts against each other; s = qᵀk times ``scale``. Where
+        w reaches over everything γ has no effect, and this is softmax.
+    real
+        (batch, m): False for keys that nobody sees.
+    chunk, eps
+        As in ``linear_attention``; the cost grows with m (w + chunk).
+    state
+        Of the keys before the first one given. The state that comes back leaves out the last w keys: give them again.
+
+    >>> q, k, v = torch.randn(3, 1, 2, 10, 4).unbind()
+    >>> y, _ = windowed_attention(q, k, v, q.exp(), k.exp(), window=10, factor=torch.ones(2, 1, 1), scale=0.5, chunk=4)
+    >>> softmax = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> torch.allclose(y, softmax, atol=1e-5)
+    True
+    """
+    v = v.float()
+    n, m = q.shape[-2], k.shape[-2]
+    far_k, far_v = (
+        nn.functional.pad(x, (0, 0, window, 0))[:, :, :m] for x in (features_k, v)
+    )  # each key w places late
+    if m > n:
+        state = summed(far_k[:, :, : m - n], far_v[:, :, : m - n], state)
+    numerator, denominator, last = _sums(features_q, far_k[:, :, m - n :], far_v[:, :, m - n :], chunk, state)
+    block = min(chunk, n)
+    pad, reach, start = -n % block, window + block - 1, m - n - window + 1
+
+    def pieces(x: Tensor) -> Tensor:
+        """What each block of queries can reach: (batch, heads, m, …) to (batch, heads, blocks, …, reach)."""
+        return nn.functional.pad(x[:, :, max(0, start) :], (0, 0, max(0, -start), pad)).unfold(2, reach, block)
+
+    if real is None:
+        real = k.new_ones(1, m, dtype=torch.bool)
+    shown = k.new_ones(block, reach, dtype=torch.bool).triu().tril(window - 1) & pieces(real[:, None, :, None])
+    cut_q = nn.functional.pad(q.float(), (0, 0, 0, pad)).unflatten(-2, (-1, block))
+    scores = ((cut_q @ pieces(k.float())) * scale).masked_fill(~shown, -torch.inf)
+    cut_sum = nn.functional.pad(denominator, (0, 0, 0, pad)).unflatten(-2, (-1, block))
+    top, far = _scaled(scores, cut_sum)
+    weights = factor[:, None] * (scores - top).exp()
+    near, near_sum = weights @ pieces(v).mT, weights.sum(-1, keepdim=True)
+    near, near_sum, far = (x.flatten(2, 3)[:, :, :n] for x in (near, near_sum, far))
+    return (near + far * numerator) / (near_sum + far * denominator + eps), last
+
+
+def _scaled(scores: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of what both parts of a row are divided by, so that neither overflows nor vanishes, and the factor
+    of the linear part, whose sum is ``far``."""
+    top = torch.maximum(scores.amax(-1, keepdim=True), far.log()).detach().nan_to_num(neginf=0.0)
+    return top, (-top).clamp(max=80.0).exp()
+
+
+def windowed_weights(
+    features_q: Tensor,
+    features_k: Tensor,
+    scores: Tensor,
+    seen: Tensor,
+    *,
+    window: int,
+    factor: Tensor,
+    eps: float = 1e-12,
+) -> Tensor:
+    """The weights (batch, heads, queries, keys) that ``windowed_attention`` stands for, from all scores s."""
+    every = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    near = every.triu(scores.shape[-1] - scores.shape[-2] - window + 1)  # the later keys are not seen
+    scores = scores.masked_fill(~(seen & near), -torch.inf)
+    far = (features_q @ features_k.mT).masked_fill(~(seen & ~near), 0)
+    top, scale = _scaled(scores, far.sum(-1, keepdim=True))
+    products = factor * (scores - top).exp() + scale * far
+    return products / (products.sum(-1, keepdim=True) + eps)
 
 
 def attention_weights(q: Tensor, k: Tensor, seen: Tensor | None = None, eps: float = 1e-12) -> Tensor:

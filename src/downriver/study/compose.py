@@ -1,10 +1,12 @@
 """Studies from YAML: arms composed of the five arrows, on one model and one task.
 
 An arm starts from the study's model and task; ``data`` changes the task, ``adapt``, ``pretrain``, ``merge`` and
-``compress`` the model. What comes out is measured on the task as it was in the beginning. An arm that builds on another
+``compress`` the model. What comes out is measured on the task as it was in the beginning, by what it kept of another
+one (``retention``) and by what it refuses (``safety``). An arm that builds on another
 one (``from``, or by naming it in a merge) shares its work and is charged for it.
 """
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -55,6 +57,10 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> Study:
                 model, task = _apply(step, model, task, config, built, seed)
             return model, task
 
+        @shared
+        def refused_before() -> float:
+            return _refusals(start()[0], config)[0].value
+
         def measure(name: str) -> list[Measurement]:
             from downriver.evaluate.evaluate import evaluate
             from downriver.evaluate.retention import retention
@@ -64,6 +70,11 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> Study:
             rows = evaluate(after, task, split=config.split, metrics=config.metrics)
             if config.retention is not None:
                 rows += retention(before, after, _task(canonical(config.retention)))
+            if config.safety is not None:
+                [refused] = _refusals(after, config)
+                change = refused.value - refused_before()
+                rows += [refused, dataclasses.replace(refused, metric="refusals_change", value=change)]
+            rows += _served(after, task, config.split)
             if config.save is not None:
                 after.save(Path(config.save) / config.name / f"{name}-seed{seed}", overwrite=True)
             return rows
@@ -108,6 +119,40 @@ def _apply(
     return method(model, task, Budget.parse(step.budget or config.budget or ""), **parameters), task
 
 
+def _safety(config: Config) -> tuple[Any, dict[str, Any]]:
+    """The prompts that are to be refused, and how they are put to a model."""
+    from downriver.evaluate.safety import safety
+
+    stated = config.safety if isinstance(config.safety, Mapping) else {"prompts": config.safety}
+    if "prompts" not in stated:
+        raise InputError("safety: the key prompts is expected, a task whose texts are to be refused")
+    more = {name: value for name, value in stated.items() if name != "prompts"}
+    prompts = stated["prompts"]
+    return _task(canonical(prompts)), check_parameters(safety, more, "safety")
+
+
+def _refusals(model: Any, config: Config) -> list[Measurement]:
+    from downriver.evaluate.safety import safety
+
+    prompts, settings = _safety(config)
+    return safety(model, prompts, **settings)
+
+
+def _served(model: Any, task: Any, split: str) -> list[Measurement]:
+    """What a model with thresholds on its gates leaves out when it is served."""
+    from downriver.models.surgery import THRESHOLDS
+
+    if not getattr(getattr(model.backbone, "config", None), THRESHOLDS, None):
+        return []
+    from downriver.compress.cats import gate_sparsity
+
+    report = gate_sparsity(model, task, split=split, progress=False)
+    return [
+        Measurement("gate_sparsity", report.sparsity, task.name, "share", "higher"),
+        Measurement("feed_forward_traffic", report.traffic, task.name, "share of the dense bytes", "lower"),
+    ]
+
+
 def _check(config: Config) -> dict[str, Any]:
     """Open what the study names; everything its answers depend on beside the arms."""
     from downriver.evaluate.metrics import lookup
@@ -126,11 +171,23 @@ def _check(config: Config) -> dict[str, Any]:
     if config.retention is not None:
         reference = _task(canonical(config.retention))
         metrics += ["retention", "retention_change"]
+    prompts = None
+    if config.safety is not None:
+        from downriver.models.language import language_model
+
+        prompts, settings = _safety(config)
+        prompts.texts(settings.get("split", "test"))
+        language_model(model)
+        metrics += ["refusals", "refusals_change"]
+    if any(step.arrow == "compress" for steps in config.arms.values() for step in steps):
+        served = ["gate_sparsity", "feed_forward_traffic"]
+    else:
+        served = []
     for claim in config.claims:
         measured = claim.on.split("/")[0]  # language modelling measures loss/domain beside loss
         kept = reference is not None and measured.endswith(("_before", "_after"))
-        if measured not in metrics and not kept:
-            raise unknown(f"metric in the claim «{claim.text}»", claim.on, metrics)
+        if measured not in [*metrics, *served] and not kept:
+            raise unknown(f"metric in the claim «{claim.text}»", claim.on, [*metrics, *served])
     others = {name for steps in config.arms.values() for s in steps for name in (*s.models, s.base) if name}
     return {
         "model": _identity(config.model),
@@ -140,6 +197,7 @@ def _check(config: Config) -> dict[str, Any]:
         "split": config.split,
         "metrics": metrics,
         "retention": reference and reference.fingerprint,
+        **({} if prompts is None else {"safety": [prompts.fingerprint, config.safety]}),
         "save": config.save,
     }
 

@@ -48,6 +48,7 @@ class Config(pydantic.BaseModel, extra="forbid"):
     arms: dict[str, tuple[Step, ...]]
     metrics: tuple[str, ...] | None = None
     retention: str | dict[str, Any] | None = None
+    safety: str | dict[str, Any] | None = None
     split: Literal["validation", "test"] = "test"
     sample: dict[Literal["train", "validation", "test"], int] = {}
     seeds: pydantic.PositiveInt = 5
