@@ -6,10 +6,20 @@ import torch
 from datasets import Dataset
 
 from downriver.adapt import AlignGuard, FisherSubspace, alignguard_lora, alignment_drift, lora, update_norm
-from downriver.adapt.alignguard_lora import ALIGNMENT, TASK, _fold, _side_by_side, _updates, geodesic, overlap
+from downriver.adapt.alignguard_lora import (
+    ALIGNMENT,
+    TASK,
+    _fold,
+    _side_by_side,
+    _updates,
+    geodesic,
+    overlap,
+    task_fisher,
+)
 from downriver.adapt.fisher import Directions
 from downriver.adapt.lora import add_adapter
 from downriver.core.errors import InputError
+from downriver.merge import diagonal_fisher
 from downriver.models import load, small
 from downriver.tasks.task import Task
 from downriver.training.trainer import Term
@@ -142,6 +152,23 @@ def test_two_adapters(subspace):
         assert torch.allclose(d, sums[name], atol=1e-6)
 
 
+def test_the_formulas_of_two_adapters(subspace):
+    model = adapted()
+    _side_by_side(model, seed=0)
+    for number, (name, p) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+    [(_, weight, (a, t))] = _updates(model, (ALIGNMENT, TASK))
+    found = AlignGuard(subspace, split="dual")(model)
+    values = subspace[NAME].eigenvalues / subspace[NAME].eigenvalues.mean()
+    c = torch.stack([(u * a).sum() for u in subspace[NAME].dense])
+    assert float(found["fisher"]) == pytest.approx(float((values * c**2).sum()), rel=1e-4)
+    assert float(found["stability"]) == pytest.approx(float(t.norm() ** 2), rel=1e-4)
+    cosine = float((a * t).sum() / a.norm() / t.norm())
+    assert float(found["geodesic"]) == pytest.approx(cosine**2, rel=1e-4)
+    assert float(found["overlap"]) == pytest.approx(float(overlap(a, t, weight + a + t)), rel=1e-5)
+
+
 def test_weight_zero_is_plain_lora_bit_for_bit(new, subspace):
     settings = {"batch_size": 2, "learning_rate": 1e-2, "rank": 2, "alpha": 4, "weight_decay": 0.0}
     plain = lora(small("causal-lm", "nano"), new, "3 steps", **settings)
@@ -188,6 +215,113 @@ def test_other_tuners_of_peft():
         peft.LoHaConfig(r=2, target_modules=r".*layers\.0\.self_attn\.q_proj", init_weights=False),
     )
     assert float(found(one)["total"]) > 0
+    turned = peft.get_peft_model(
+        small("causal-lm", "nano").backbone, peft.HRAConfig(r=2, target_modules=r".*layers\.0\.self_attn\.q_proj")
+    )
+    with pytest.raises(InputError, match="hra multiplies the weight"):
+        found(turned)
+    split = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    with pytest.raises(InputError, match="'pissa' changes the weights themselves"):
+        found(peft.get_peft_model(small("causal-lm", "nano").backbone, split))
+    sparse = peft.ShiraConfig(r=2, target_modules=r".*layers\.0\.self_attn\.q_proj", init_weights=False)
+    terms = found(peft.get_peft_model(small("causal-lm", "nano").backbone, sparse))
+    assert float(terms["stability"]) > 0 and terms["total"].requires_grad
+    layer = one.get_submodule(f"base_model.model.{NAME}")
+    given = layer.get_delta_weight
+    layer.get_delta_weight = lambda adapter: given(adapter).detach()
+    with pytest.raises(InputError, match="without gradients"):
+        found(one)
+    with torch.no_grad():
+        assert float(found(one)["total"]) > 0
+
+
+def test_dora_is_penalised_for_what_it_changes(subspace):
+    """Direction and length: what merging the adapter adds to the weights."""
+    base = small("causal-lm", "nano").backbone
+    settings = peft.LoraConfig(r=4, target_modules=[NAME], use_dora=True)
+    model = peft.get_peft_model(base, settings)
+    assert float(AlignGuard(subspace)(model)["total"]) < 1e-10
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data + 0.1 * torch.randn(p.shape)
+    before = model.get_submodule(f"base_model.model.{NAME}").base_layer.weight.detach().clone()
+    d = delta(model)
+    AlignGuard(subspace)(model)["total"].backward()
+    grads = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert any("magnitude" in name for name in grads) and any("lora_A" in name for name in grads)
+    merged = model.merge_and_unload().get_submodule(NAME).weight
+    assert torch.allclose(d, merged - before, atol=1e-5) and d.norm() > 0.1
+
+
+def test_the_tasks_own_fisher_as_h(subspace, new):
+    model = small("causal-lm", "nano")
+    even = texts("Fish swim.", "We float.!", "It is wet.")  # of one length: then sums and means over tokens agree
+    by_weight = diagonal_fisher(model, even)
+    h = task_fisher(model, even, targets=[NAME])[NAME]
+    expected = by_weight[f"{NAME}.weight"] / by_weight[f"{NAME}.weight"].mean()
+    assert torch.allclose(h, expected, rtol=1e-3, atol=1e-6)
+    guarded = adapted()
+    found = [AlignGuard(subspace, h=one)(guarded)["stability"] for one in ({NAME: h}, {f"{NAME}.weight": expected})]
+    assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-3)
+    settings = {"alignment": subspace, "batch_size": 2, "learning_rate": 1e-2, "lam_t": 5.0}
+    a, b = (
+        alignguard_lora(small("causal-lm", "nano"), new, "3 steps", h=h, **settings)
+        for h in ("identity", "task_fisher")
+    )
+    assert not torch.equal(delta_of(a), delta_of(b))
+
+
+def delta_of(model):
+    return next(d for name, _, [d] in _updates(model, None) if name == NAME)
+
+
+def test_over_a_quantised_base(new, kept):
+    """The subspace comes from inputs and outputs; W + ΔW is read from what is stored."""
+    plain, quantised = small("causal-lm", "nano"), small("causal-lm", "nano")
+    layer = quantised.backbone.get_submodule(NAME)
+    eight = Eight(layer)
+    parent, _, last = NAME.rpartition(".")
+    setattr(quantised.backbone.get_submodule(parent), last, eight)
+    plain.backbone.get_submodule(NAME).weight.data = eight.stored.float() * eight.scale
+    found = [FisherSubspace.estimate(model, kept, rank=2) for model in (plain, quantised)]
+    assert list(found[0]) == list(found[1])
+    for name in found[0]:
+        assert torch.allclose(found[0][name].eigenvalues, found[1][name].eigenvalues, rtol=1e-3)
+    u, v = (f[NAME].dense.flatten(1) for f in found)
+    assert torch.allclose(u.T @ u, v.T @ v, atol=1e-3)
+
+
+def test_over_four_bits_of_bitsandbytes(kept):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = small("causal-lm", "nano")
+    layer = model.backbone.get_submodule(NAME)
+    four = bnb.nn.Linear4bit(32, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    four.load_state_dict({"weight": layer.weight.data})
+    parent, _, last = NAME.rpartition(".")
+    setattr(model.backbone.get_submodule(parent), last, four.to("cpu"))
+    subspace = FisherSubspace.estimate(model, kept, rank=2, targets=[NAME])
+    stored = bnb.functional.dequantize_4bit(four.weight.data, four.weight.quant_state)
+    add_adapter(model, rank=2, target_modules=[NAME], seed=0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    [(_, weight, _)] = _updates(model, None)
+    assert torch.equal(weight, stored) and weight.shape == (32, 32)
+    assert all(float(term) >= 0 for term in AlignGuard(subspace)(model).values())
+
+
+class Eight(torch.nn.Linear):
+    """A linear layer stored in 8 bits, in another shape than its matrix has."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.scale = layer.weight.detach().abs().max() / 127
+        self.stored = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(self.stored.view(-1, 1), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.stored.float() * self.scale)
 
 
 def test_drift():
@@ -224,5 +358,7 @@ def test_what_is_refused(subspace, new, kept):
         AlignGuard(wrong)(adapted())
     with pytest.raises(InputError, match="h: a tensor"):
         AlignGuard(subspace, h={})(adapted())
+    with pytest.raises(InputError, match="unknown h 'task'"):
+        alignguard_lora(small("causal-lm", "nano"), new, "2 steps", alignment=kept, h="task")
     with pytest.raises(InputError, match="empty"):
         alignguard_lora(small("causal-lm", "nano"), new, "2 steps", alignment=kept, samples=0)

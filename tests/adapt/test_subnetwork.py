@@ -1,10 +1,12 @@
 """Training a subnetwork: what is outside stays bit by bit, a full mask is ordinary training, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
 
-from downriver.adapt import fine_tune, train_subnetwork
+from downriver.adapt import fine_tune, subnetwork_only, train_subnetwork
 from downriver.core.errors import InputError
 from downriver.merge import subnetwork
 from downriver.models import small
@@ -40,6 +42,43 @@ def test_what_is_outside_stays_bit_by_bit(model, task):
         assert not inside.any() or (before[inside] != after[inside]).any()
 
 
+OPTIMISERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS)
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_optimiser_moves_what_is_outside(model, kind, inside):
+    """Made before the block with all parameters, or in it; momentum from steps before does not leak in either."""
+    learner = copy.deepcopy(model)
+    ids = torch.tensor([[1, 7, 8, 9], [1, 10, 11, 12]])
+    dense = {n: torch.rand(p.shape) < 0.3 for n, p in model.named_parameters() if "layers.0" in n}
+    optimiser = OPTIMISERS[kind](learner.parameters())
+
+    def steps():
+        for _ in range(3):
+            optimiser.zero_grad()
+            learner(input_ids=ids, labels=ids)["loss"].backward()
+            optimiser.step()
+
+    steps()
+    before = {n: p.detach().clone() for n, p in learner.named_parameters()}
+    optimiser.zero_grad()
+    with subnetwork_only(learner, SparseMask.of(dense)):
+        optimiser = OPTIMISERS[kind](p for p in learner.parameters() if p.requires_grad) if inside else optimiser
+        steps()
+    for name, p in learner.named_parameters():
+        own = dense.get(name, torch.zeros(p.shape, dtype=torch.bool))
+        assert torch.equal(p[~own], before[name][~own]) and (not own.any() or (p[own] != before[name][own]).any())
+        assert p.requires_grad
+    steps()  # after the block all learn again
+    name = "backbone.model.layers.0.mlp.up_proj.weight"
+    assert (learner.get_parameter(name) != before[name])[~dense[name]].any()
+
+
 def test_a_full_mask_is_ordinary_training(model, task):
     masked = train_subnetwork(model, task, "32 examples", mask=whole(model), **SETTINGS)
     plain = fine_tune(model, task, "32 examples", **SETTINGS)
@@ -60,5 +99,8 @@ def test_the_subnetwork_of_a_run_trained_alone(model, task):
 def test_what_is_refused(model, task):
     with pytest.raises(InputError, match="'nothing' is no parameter"):
         train_subnetwork(model, task, "8 examples", mask=SparseMask({"nothing": torch.tensor([0])}, 1), **SETTINGS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(InputError, match="has an entry 99999, the model's is of"):
+        train_subnetwork(model, task, "8 examples", mask=SparseMask({name: torch.tensor([99999])}, 1), **SETTINGS)
     with pytest.raises(InputError, match="mask is empty"):
         train_subnetwork(model, task, "8 examples", mask=SparseMask({}, 1), **SETTINGS)

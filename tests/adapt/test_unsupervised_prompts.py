@@ -1,7 +1,9 @@
 """Prompt learning without labels: the simplex, the gradient, what is asked and paid, what is learnt, bad input."""
 
+import http.server
 import itertools
 import json
+import threading
 
 import numpy as np
 import polars as pl
@@ -10,10 +12,11 @@ from scipy.optimize import minimize
 from sklearn.base import clone
 
 from downriver.adapt import UnsupervisedPromptLearner
+from downriver.adapt.prompt_critique import Critique
 from downriver.adapt.unsupervised_prompts import LabelScorer, pmi_ngrams, policy_gradient, project_simplex
 from downriver.core.errors import InputError
 from downriver.models import small
-from downriver.models.chat import HFChat, ScriptedChat
+from downriver.models.chat import HFChat, OpenAIChat, ScriptedChat
 
 TEXTS = [f"{word} {i}" for i in range(10) for word in ("sun", "rain", "fog")]
 
@@ -75,17 +78,18 @@ def test_the_released_estimate_has_a_sign_for_every_token():
     assert policy_gradient(drawn, losses, p, "bdpl").tolist() == [[-4.0, 8.0, 0.0]]
 
 
-def test_it_finds_the_instruction_that_works():
-    def answer(messages):
-        """Sure and right with «judge»; else 6 of 8 right for even numbers, and 4 of 8 for odd ones."""
-        *before, text = messages[-1]["content"].split("\n")
-        text = text.removesuffix(" =>")
-        right, wrong = ("good", "bad") if "sun" in text else ("bad", "good")
-        if before and "judge" in before[0]:
-            return [right] * 8
-        number = int(text.split()[1])
-        return [right, wrong] * 4 if number % 2 else [right] * 6 + [wrong] * 2
+def answer(messages):
+    """Sure and right with «judge»; else 6 of 8 right for even numbers, and 4 of 8 for odd ones."""
+    *before, text = messages[-1]["content"].split("\n")
+    text = text.removesuffix(" =>")
+    right, wrong = ("good", "bad") if "sun" in text else ("bad", "good")
+    if before and "judge" in before[0]:
+        return [right] * 8
+    number = int(text.split()[1])
+    return [right, wrong] * 4 if number % 2 else [right] * 6 + [wrong] * 2
 
+
+def test_it_finds_the_instruction_that_works():
     wanted = ["good" if "sun" in text else "bad" for text in TEXTS]
     found = learner(lm=ScriptedChat(answer), epochs=10, learning_rate=0.3, calibrate=False, k_demos=0, agreement=1.1)
     found.fit(TEXTS)
@@ -109,6 +113,10 @@ def test_what_is_asked_is_what_was_planned():
     assert plan.labelling == 3 * 31
     visited = [0.2 * 30 + 2, 0.8 * 30 + 2]  # and as many texts more as there are classes, where shares are rounded up
     assert plan.training == 4 * (sum(visited) + 2)
+    assert plan.answers == 8 and plan.requests == 8 * plan.calls
+    longest = max(map(len, asked))
+    assert 0.7 * np.mean([*map(len, asked)]) < plan.characters < 1.3 * longest
+    assert plan.tokens == round(plan.requests * plan.characters / 4)
     assert plan.calls == plan.labelling + plan.training >= found.calls_ > plan.labelling
     assert len(set(asked)) == found.calls_
     small_budget = learner(budget=100, candidates=[f"word{i}" for i in range(50)], epochs=5, agreement=1.1).fit(TEXTS)
@@ -142,6 +150,24 @@ def test_a_text_never_sees_its_own_label():
     assert sorted(labels) == ["bad", "bad", "good", "good"]
 
 
+def test_nor_the_label_of_the_same_text_elsewhere():
+    seen = []
+    twice = [f"{word} {i}" for i in range(4) for word in ("sun", "rain")] * 3
+    found = learner(lm=ScriptedChat(lambda m: seen.append(m[-1]["content"]) or crowd(m)), k_demos=4, rho=1, rho_max=1)
+    found.fit(twice).predict(twice)
+    assert any("=> " in query for query in seen)
+    for query in seen:
+        *lines, last = query.split("\n")
+        assert not any(line.startswith(last.removesuffix("=>") + "=>") for line in lines)
+
+
+def test_answers_are_counted_by_the_longest_word():
+    said = ["not sure", "No.", "not sure at all", "NO", "perhaps", "yes", "yes!", "no"]
+    scorer = LabelScorer(ScriptedChat({"?": said}), [" yes", " no", " not sure"])
+    found = np.exp(scorer(["?"])[0])
+    assert np.allclose(found, np.array([3, 4, 3]) / 10)  # two, three and two answers, and one more each
+
+
 def test_the_order_of_classes_changes_nothing():
     settings = {"samples": 4, "epochs": 2, "k_demos": 2, "candidates": ["judge", "perhaps"], "n_tokens": 2}
     found = [
@@ -168,6 +194,49 @@ def test_a_language_model_in_this_process():
     assert fitted.predict_proba(["more sun"]).shape == (1, 2)
 
 
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    """The protocol's chat completions, answered by ``crowd``; it counts what it is asked."""
+
+    protocol_version = "HTTP/1.1"
+    served = 0
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_POST(self):
+        type(self).served += 1
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        said = {"role": "assistant", "content": crowd(body["messages"])}
+        choice = {"index": 0, "message": said, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}
+        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "crowd", "choices": [choice]}
+        data = json.dumps(answer | {"usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_over_an_endpoint_and_again_from_the_cache(tmp_path):
+    pytest.importorskip("openai")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        chat = OpenAIChat("crowd", base_url=f"http://127.0.0.1:{server.server_port}/v1", cache=tmp_path)
+        settings = {"lm": chat, "epochs": 1, "answers": 2, "samples": 2, "calibrate": False, "k_demos": 0}
+        first = learner(**settings).fit(TEXTS)
+        served = Endpoint.served
+        assert first.calls_ < served <= first.plan(TEXTS).requests  # words that two prompts share are asked once
+        again = learner(**settings).fit(TEXTS)
+        assert Endpoint.served == served and again.pseudo_labels_.equals(first.pseudo_labels_)
+        by_script = learner(**(settings | {"lm": ScriptedChat(crowd)})).fit(TEXTS)
+        assert by_script.pseudo_labels_.equals(first.pseudo_labels_) and by_script.prompt_ == first.prompt_
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_sklearn_and_the_exported_set(tmp_path):
     found = learner()
     assert clone(found).get_params()["samples"] == 4 and found.set_params(epochs=1).epochs == 1
@@ -187,6 +256,32 @@ def test_a_class_without_texts_is_named():
     assert len(found.pseudo_labels_) == 30
 
 
+def test_a_writer_criticises_and_the_best_prompt_stays():
+    requests = []
+
+    def write(messages):
+        requests.append(messages[-1]["content"])
+        return [
+            "Too vague.\nInstruction: «perhaps so»",
+            "It lacks a verb. Instruction: judge by the sun",
+            "no mark\nguess",
+        ]
+
+    writer = ScriptedChat(write)
+    found = learner(lm=ScriptedChat(answer), writer=writer, epochs=3, calibrate=False, k_demos=0, agreement=1.1).fit(
+        TEXTS
+    )
+    assert found.prompt_ == "judge by the sun"
+    assert found.predict(TEXTS).tolist() == ["good" if "sun" in text else "bad" for text in TEXTS]
+    assert "(none yet)" in requests[0] and "judge by the sun" in requests[-1] and len(requests) == 3 * 3
+    assert all("classes bad, good" in request and " => " in request for request in requests)
+    assert found.calls_ <= found.plan(TEXTS).calls and not hasattr(found, "probabilities_")
+    search = Critique(writer, ["a", "b"], samples=4)
+    assert search.propose([("x", "a", 0.6)]) == ["", "perhaps so", "judge by the sun", "guess"]
+    search.learn(np.array([0.5, 0.5, 0.7, 0.9]))
+    assert search.best == ""
+
+
 def test_candidates():
     texts = ["new york city", "in new york", "the city is big", "a big new house"]
     found = pmi_ngrams(texts, 6)
@@ -197,14 +292,26 @@ def test_bad_input():
     for settings, match in [
         ({"template": "{prompt} {text}"}, "template"),
         ({"demo": "{text}"}, "demo"),
+        ({"template": "{prompt}{demos}{text} {label}"}, "template .* 'label' in braces"),
+        ({"demo": "{text} {label} {"}, "demo .* in braces"),
         ({"candidates": "all"}, "candidates"),
+        ({"candidates": []}, "candidates are"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"answers": 0}, "answers"),
         ({"samples": 1}, "samples"),
         ({"rho": 0.5, "rho_max": 0.2}, "rho"),
         ({"budget": 40}, "budget"),
     ]:
         with pytest.raises(InputError, match=match):
             learner(**settings).fit(TEXTS)
+    with pytest.raises(InputError, match="no words for a prompt"):
+        UnsupervisedPromptLearner(ScriptedChat(crowd), ["bad", "good"]).fit(["", " ", ""])
     with pytest.raises(InputError, match="two classes"):
         UnsupervisedPromptLearner(ScriptedChat(crowd), ["one"]).fit(TEXTS)
+    for texts in ("sun and rain", ["sun", 3]):
+        with pytest.raises(InputError, match="a list of strings"):
+            learner().fit(texts)
+    with pytest.raises(InputError, match="different words"):
+        UnsupervisedPromptLearner(ScriptedChat(crowd), ["x", " X"]).fit(TEXTS)
     with pytest.raises(InputError, match="different words"):
         UnsupervisedPromptLearner(ScriptedChat(crowd), {"a": "x", "b": "x"}).fit(TEXTS)

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from downriver.cli.merge import app
 from downriver.core.errors import InputError
 from downriver.merge import delta_stats, subnetwork
+from downriver.models import small
 
 
 def state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -74,6 +76,50 @@ def test_changes_below_a_bfloat16():
     assert report.share("below_ulp") == 1 and report.share("unchanged") < 0.01
     rounded = delta_stats({n: v.bfloat16() for n, v in BASE.items()}, {n: v.bfloat16() for n, v in after.items()})
     assert rounded.share("unchanged") > 0.5
+
+
+def test_changes_in_units_of_the_last_place():
+    base = {"w": torch.tensor([1.0, 1.5, 2.0, 0.0, -3.0, 1.0, 8.0])}
+    last = torch.tensor([2.0**-7, 2.0**-7, 2.0**-6, 1.0, 2.0**-6, 2.0**-7, 2.0**-4])  # of a bfloat16 at these values
+    steps = torch.tensor([0.5, 1.0, 3.0, 1e-9, -0.25, 0.0, 1000.0])
+    report = delta_stats(base, {"w": base["w"] + steps * last})
+    found = {row["at_least"]: row["entries"] for row in report.ulps.iter_rows(named=True) if row["entries"]}
+    assert found == {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1, 128.0: 2}  # beyond 128, and what was 0
+    assert report.ulps["share"].sum() == pytest.approx(6 / 7)
+    assert report.share("below_ulp") == pytest.approx(3 / 7) and report.ulps["below"][-1] == float("inf")
+
+
+def test_what_makes_checkpoints_unlike_is_said():
+    assert delta_stats(BASE, BASE).notes == ()
+    halves = {n: v.bfloat16() for n, v in BASE.items()}
+    [note] = delta_stats(halves, BASE).notes
+    assert note.startswith("3 tensors are bfloat16 before and float32 after")
+    old, new = {"embed_tokens.weight": torch.ones(5, 3)}, {"embed_tokens.weight": torch.ones(7, 3)}
+    report = delta_stats(old, new, on_mismatch="slice-embed")
+    assert report.notes == ("'embed_tokens.weight': the 5 rows that both have are compared, of 5 and 7",)
+    assert report.tensors["elements"].to_list() == [15]
+    report = delta_stats(BASE | {"x": torch.ones(2)}, BASE | {"x": torch.ones(3)}, on_mismatch="skip")
+    assert report.notes == ("'x' is left out",)
+    nothing = BASE | {"norm.weight": torch.full((50,), float("nan"))}
+    with pytest.raises(InputError, match=r"'norm\.weight' holds values that are not finite"):
+        delta_stats(BASE, nothing)
+
+
+def test_an_adapter_is_its_scaled_product(tmp_path):
+    model = small("causal-lm", "nano")
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
+    model.save(tmp_path / "base")
+    adapted = peft.get_peft_model(model.backbone, config)
+    name = "model.layers.0.self_attn.q_proj"
+    layer = adapted.get_submodule(f"base_model.model.{name}")
+    expected = layer.get_delta_weight("default").norm().item()
+    adapted.save_pretrained(tmp_path / "adapter")
+    report = delta_stats(tmp_path / "base", (tmp_path / "base", tmp_path / "adapter"), rank="exact")
+    rows = {row["tensor"]: row for row in report.tensors.iter_rows(named=True)}
+    assert rows[f"{name}.weight"]["norm"] == pytest.approx(expected, rel=1e-4)
+    assert rows["model.layers.0.mlp.up_proj.weight"]["unchanged"] == 1
+    mask = subnetwork(tmp_path / "base", (tmp_path / "base", tmp_path / "adapter"))
+    assert all("q_proj" in changed for changed in mask.indices)
 
 
 def test_streamed_and_from_the_command_line(tmp_path):

@@ -40,6 +40,24 @@ def test_sets():
         mask.union(SparseMask({}, 5))
 
 
+@pytest.mark.parametrize("share", [0.3, 0.001])
+def test_a_saved_mask_is_the_same_and_small(tmp_path, share):
+    g = torch.Generator().manual_seed(0)
+    dense = {"a": torch.rand(300, 70, generator=g) < share, "b": torch.rand(5000, generator=g) < share}
+    mask = SparseMask.of(dense, total=10**6)
+    loaded = SparseMask.load(mask.save(tmp_path / "mask.safetensors"))
+    assert loaded.total == 10**6 and set(loaded.indices) == set(mask.indices)
+    for name, places in mask.indices.items():
+        assert torch.equal(loaded.indices[name], places) and loaded.indices[name].dtype == torch.int64
+    assert (tmp_path / "mask.safetensors").stat().st_size < 26000 / 8 + 600  # a bit an entry at most
+    with pytest.raises(InputError, match="is no mask"):
+        old = state(0)
+        SparseMask.load(SparsePatch.between(old, state(1), SparseMask.top(old, 5)).save(tmp_path / "p.safetensors"))
+    (tmp_path / "x").write_text("mask")
+    with pytest.raises(InputError, match="cannot be read as a mask"):
+        SparseMask.load(tmp_path / "x")
+
+
 def test_independent_masks_overlap_by_chance():
     first, second = (
         SparseMask.of({"w": torch.rand(300, 300, generator=torch.Generator().manual_seed(seed)) < share})

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from downriver.adapt.alignguard_lora import AlignGuard as AlignGuard
     from downriver.adapt.alignguard_lora import alignguard_lora as alignguard_lora
     from downriver.adapt.alignguard_lora import alignment_drift as alignment_drift
+    from downriver.adapt.alignguard_lora import task_fisher as task_fisher
     from downriver.adapt.alignguard_lora import update_norm as update_norm
     from downriver.adapt.alignment_recovery import RecoveryResult as RecoveryResult
     from downriver.adapt.alignment_recovery import recover_alignment as recover_alignment
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from downriver.adapt.fixmatch import fixmatch as fixmatch
     from downriver.adapt.full import full as full
     from downriver.adapt.kaft import kaft as kaft
+    from downriver.adapt.lambda_sweep import lambda_sweep as lambda_sweep
     from downriver.adapt.linear_probe import linear_probe as linear_probe
     from downriver.adapt.lora import lora as lora
     from downriver.adapt.lora import merge_adapter as merge_adapter
     from downriver.adapt.loramoe import LoRAMoE as LoRAMoE
     from downriver.adapt.loramoe import LoRAMoEConfig as LoRAMoEConfig
     from downriver.adapt.loramoe import add_loramoe as add_loramoe
+    from downriver.adapt.loramoe import balance_term as balance_term
     from downriver.adapt.loramoe import loramoe as loramoe
     from downriver.adapt.loramoe import merge_static as merge_static
     from downriver.adapt.loramoe import routing_report as routing_report
@@ -50,8 +53,10 @@ if TYPE_CHECKING:
     from downriver.adapt.peft_catalogue import method as method
     from downriver.adapt.peft_tuning import peft as peft
     from downriver.adapt.prompt_ft import PromptClassifier as PromptClassifier
+    from downriver.adapt.subnetwork import subnetwork_only as subnetwork_only
     from downriver.adapt.subnetwork import train_subnetwork as train_subnetwork
     from downriver.adapt.unsupervised_prompts import UnsupervisedPromptLearner as UnsupervisedPromptLearner
+    from downriver.adapt.with_terms import WithTerms as WithTerms
     from downriver.training.engine import fine_tune as fine_tune
     from downriver.training.trainer import Term as Term
 
@@ -86,16 +91,19 @@ __getattr__, __dir__, __all__ = attach(
         "SourceModel": "downriver.adapt.multi_teacher:SourceModel",
         "UnsupervisedPromptLearner": "downriver.adapt.unsupervised_prompts:UnsupervisedPromptLearner",
         "Term": "downriver.training.trainer:Term",
+        "WithTerms": "downriver.adapt.with_terms:WithTerms",
         "add_loramoe": "downriver.adapt.loramoe:add_loramoe",
         "advise": "downriver.adapt.peft_advisor:advise",
         "alignment_drift": "downriver.adapt.alignguard_lora:alignment_drift",
         "apply_edit": "downriver.adapt.edit.apply:apply_edit",
+        "balance_term": "downriver.adapt.loramoe:balance_term",
         "catalogue": "downriver.adapt.peft_catalogue:catalogue",
         "fine_tune": "downriver.training.engine:fine_tune",
         "fish_mask": "downriver.adapt.fish_mask:fish_mask",
         "fixmatch": "downriver.adapt.fixmatch:fixmatch",
         "kaft": "downriver.adapt.kaft:kaft",
         "key_covariance": "downriver.adapt.edit.covariance:key_covariance",
+        "lambda_sweep": "downriver.adapt.lambda_sweep:lambda_sweep",
         "load_bottleneck": "downriver.adapt.bottleneck:load_bottleneck",
         "load_loramoe": "downriver.adapt.loramoe_files:load_loramoe",
         "merge_adapter": "downriver.adapt.lora:merge_adapter",
@@ -107,6 +115,8 @@ __getattr__, __dir__, __all__ = attach(
         "recalls": "downriver.adapt.edit.requests:recalls",
         "recover_alignment": "downriver.adapt.alignment_recovery:recover_alignment",
         "routing_report": "downriver.adapt.loramoe:routing_report",
+        "subnetwork_only": "downriver.adapt.subnetwork:subnetwork_only",
+        "task_fisher": "downriver.adapt.alignguard_lora:task_fisher",
         "train_subnetwork": "downriver.adapt.subnetwork:train_subnetwork",
         "task_weights": "downriver.adapt.distill_weighted:task_weights",
         "to_peft_adapters": "downriver.adapt.loramoe_files:to_peft_adapters",

@@ -5,10 +5,11 @@ Alignment-Preserving Fine-Tuning via Fisher-Guided Decomposition and Riemannian-
 (2025). Of its two collision terms the geodesic one is identically zero when one update is projected, since the parts
 are orthogonal; it acts only on two adapters trained side by side (``split="dual"``). Both public repositories train
 something else; the terms here are the paper's. On small models a plain penalty on ‖ΔW‖² (``update_norm``) does as well:
-try it first.
+try it first, and compare by ``lambda_sweep``.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from downriver.adapt.fisher import Approximation, FisherSubspace
@@ -31,6 +33,8 @@ from downriver.training.trainer import Batch, Term
 Split = Literal["project", "dual"]
 ALIGNMENT, TASK, DEFAULT = "alignment", "task", "default"
 PREFIX = "base_model.model."
+FACTORS = ("boft", "hira", "hra", "miss", "oft")  # of peft's tuners, those whose get_delta_weight is no ΔW
+TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of LoRA that take a part of W into B A
 
 
 @dataclass
@@ -50,19 +54,21 @@ class AlignGuard:
     lam_a, lam_t, lam_nc, alpha, beta, tau
         0.25, 0.5, 0.1, 0.5, 4 and 0.01: the values of the reimplementation that maps them to the paper.
     h
-        H: ``identity``, or for every matrix a tensor of its shape, such as the task's own diagonal Fisher
-        (``merge.diagonal_fisher``).
+        H: ``identity``, or for every matrix, by the name of its layer or of its weight, a tensor of its shape, such as
+        the task's own diagonal Fisher (``merge.diagonal_fisher``).
     split
         ``project``: one adapter, split by the projector, E_geo ≡ 0. ``dual``: the adapters ``alignment`` and ``task``
         are ΔW_A and ΔW_T; collisions are between the two.
     normalize
         Divide the eigenvalues of every matrix by their mean (between layers they differ by 10⁶).
 
-    Works on every peft tuner that gives its ΔW (``get_delta_weight``). In a loop of one's own:
-    ``loss + guard(model)["total"]``; in ``fine_tune``, ``lora`` and a Trainer: ``terms=guard.terms()``.
+    Works on every peft tuner that adds a ΔW and gives it (``get_delta_weight``), DoRA's lengths included, also over
+    quantised weights. In a loop of one's own: ``loss + guard(model)["total"]``; in ``fine_tune``, ``lora`` and
+    ``peft``, and in the trainers of transformers and trl by ``WithTerms``: ``terms=guard.terms()``.
 
     Raises ``InputError`` for negative λ, α outside [0, 1], and, when called, for adapters whose matrices the subspace
-    or H lacks or has in another shape.
+    or H lacks or has in another shape, and for tuners that add no ΔW to the weights as they were (rotations;
+    PiSSA and its like) or give none that gradients go through.
     """
 
     subspace: FisherSubspace
@@ -146,9 +152,10 @@ class AlignGuard:
     def _h(self, name: str, part: Tensor) -> Tensor:
         if isinstance(self.h, str):
             return torch.ones((), device=part.device)
-        if name not in self.h or self.h[name].shape != part.shape:
+        given = self.h.get(name, self.h.get(f"{name}.weight"))
+        if given is None or given.shape != part.shape:
             raise InputError(f"h: a tensor of shape {tuple(part.shape)} is expected for {name!r}")
-        return self.h[name].to(part)
+        return given.to(part)
 
 
 def overlap(part_a: Tensor, part_t: Tensor, weight: Tensor, *, beta: float = 4.0, tau: float = 0.01) -> Tensor:
@@ -188,6 +195,7 @@ def alignguard_lora(
     lam_a: float = 0.25,
     lam_t: float = 0.5,
     lam_nc: float = 0.1,
+    h: Literal["identity", "task_fisher"] | Mapping[str, Tensor] = "identity",
     split: Split = "project",
     rank: int = 8,
     alpha: int = 16,
@@ -199,6 +207,7 @@ def alignguard_lora(
     warmup: float = 0.06,
     schedule: Schedule = "linear",
     seed: int = 0,
+    terms: Sequence[Term] = (),
     checkpoints: str | Path | None = None,
     precision: Precision = "auto",
 ) -> Model:
@@ -212,7 +221,10 @@ def alignguard_lora(
         As ``rank``, ``method`` and ``samples`` of ``FisherSubspace.estimate``: 64 directions a matrix of 256 samples.
     lam_a, lam_t, lam_nc, split
         As in ``AlignGuard``. With ``dual`` two adapters of rank r are trained, and folded into one of rank 2r.
-    rank, alpha, target_modules, head, learning_rate, batch_size, warmup, schedule, checkpoints, precision
+    h
+        As in ``AlignGuard``, or ``task_fisher``: the diagonal Fisher of the task at the start, each matrix's over its
+        mean, so that λ_T keeps its meaning.
+    rank, alpha, target_modules, head, learning_rate, batch_size, warmup, schedule, terms, checkpoints, precision
         As in ``lora``; ``weight_decay`` is 0 here: the penalty on the update is in the terms.
 
     Raises ``InputError`` as ``lora``, ``FisherSubspace.estimate`` and ``AlignGuard``.
@@ -226,7 +238,8 @@ def alignguard_lora(
     >>> type(tuned.backbone).__name__
     'PeftModelForCausalLM'
     """
-    guard_settings: Any = {"lam_a": lam_a, "lam_t": lam_t, "lam_nc": lam_nc, "split": split}
+    if isinstance(h, str) and h not in ("identity", "task_fisher"):
+        raise unknown("h", h, ("identity", "task_fisher", "a tensor for every matrix"))
     model = merge_adapter(model) if hasattr(model.backbone, "merge_and_unload") else model
     left = Budget.parse(budget)
     if isinstance(task, TokenRows):
@@ -238,7 +251,9 @@ def alignguard_lora(
     else:
         settings: Any = {"rank": fisher_rank, "method": fisher, "samples": samples, "targets": target_modules}
         subspace = FisherSubspace.estimate(model, alignment, seed=seed, **settings)
-    guard = AlignGuard(subspace, **guard_settings)
+    if isinstance(h, str) and h == "task_fisher":
+        h = task_fisher(model, task, targets=list(subspace), samples=samples, seed=seed)
+    guard = AlignGuard(subspace, lam_a=lam_a, lam_t=lam_t, lam_nc=lam_nc, h=h, split=split)
     add_adapter(model, rank=rank, alpha=alpha, target_modules=target_modules or list(subspace), seed=seed)
     if split == "dual":
         _side_by_side(model, seed)
@@ -253,7 +268,7 @@ def alignguard_lora(
         schedule=schedule,
         seed=seed,
         trainable=lambda name: name.startswith("head.") or "lora_" in name,
-        terms=guard.terms(),
+        terms=[*guard.terms(), *terms],
         checkpoints=checkpoints,
         precision=precision,
         in_place=True,
@@ -261,6 +276,25 @@ def alignguard_lora(
     if split == "dual":
         _fold(tuned)
     return tuned
+
+
+def task_fisher(
+    model: Model, task: Task | TokenRows, *, targets: Sequence[str] | None = None, samples: int = 256, seed: int = 0
+) -> dict[str, Tensor]:
+    """H by the layer's name: the diagonal Fisher of a task for every matrix, over its mean; as ``h`` of ``AlignGuard``.
+
+    >>> from datasets import Dataset
+    >>> from downriver.models import small
+    >>> rows = Dataset.from_dict({"text": ["Rivers run to the sea.", "Fish swim."]})
+    >>> task = Task("texts", "language-modelling", {"train": rows}, ("text",), None)
+    >>> found = task_fisher(small("causal-lm", "nano"), task, targets=["model.layers.0.self_attn.q_proj"])
+    >>> [(h.shape, round(h.mean().item(), 3)) for h in found.values()]
+    [(torch.Size([32, 32]), 1.0)]
+    """
+    every: Any = {"rank": sys.maxsize, "method": "diag", "targets": targets, "samples": samples, "seed": seed}
+    diagonals = FisherSubspace.estimate(model, task, **every).matrices
+    whole = {name: diagonal.combine(diagonal.eigenvalues) for name, diagonal in diagonals.items()}
+    return {name: h / h.mean().clamp(min=torch.finfo(h.dtype).tiny) for name, h in whole.items()}
 
 
 @dataclass(frozen=True)
@@ -310,6 +344,10 @@ def _updates(model: nn.Module, names: Sequence[str] | None) -> Iterator[tuple[st
     """Every adapted layer: its name in the bare backbone, its frozen weight, and the ΔW of the adapters ``names`` (all
     active ones where None)."""
     backbone = getattr(model, "backbone", model)
+    for config in getattr(backbone, "peft_config", {}).values():
+        start = getattr(config, "init_lora_weights", None)
+        if isinstance(start, str) and start.lower().startswith(TAKEN_OUT):
+            raise InputError(f"init_lora_weights={start!r} changes the weights themselves: B A is no update of them")
     found = False
     for name, module in backbone.named_modules():
         if not hasattr(module, "get_delta_weight") or not hasattr(module, "get_base_layer"):
@@ -319,11 +357,31 @@ def _updates(model: nn.Module, names: Sequence[str] | None) -> Iterator[tuple[st
         there = [adapter for adapter in wanted if any(adapter in getattr(parts, x) for x in parts.adapter_layer_names)]
         if len(there) < len(wanted):
             raise InputError(f"{name!r} has no adapters named {', '.join(map(repr, wanted))}")
-        deltas = [parts.get_delta_weight(adapter) for adapter in wanted]
+        weight = dequantize_module_weight(parts.get_base_layer()).detach()
         found = True
-        yield name.removeprefix(PREFIX), parts.get_base_layer().weight.detach(), deltas
+        yield name.removeprefix(PREFIX), weight, [_update(name, parts, adapter, weight) for adapter in wanted]
     if not found:
         raise InputError(f"a {type(backbone).__name__} without adapters: a peft model that gives its ΔW is expected")
+
+
+def _update(name: str, layer: Any, adapter: str, weight: Tensor) -> Tensor:
+    """ΔW of one adapter. In DoRA the sum of weight and product is scaled to learnt lengths, one an output."""
+    tuner = type(layer).__module__.split(".")[-2]
+    if tuner in FACTORS:
+        raise InputError(f"{name!r}: {tuner} multiplies the weight, a tuner that adds a ΔW to it is expected")
+    try:
+        delta = layer.get_delta_weight(adapter).to_dense()
+    except NotImplementedError:
+        raise InputError(f"{name!r}: {tuner} gives no ΔW") from None
+    learns = any(p.requires_grad and adapter in n.split(".") for n, p in layer.named_parameters())
+    if learns and torch.is_grad_enabled() and not delta.requires_grad:
+        raise InputError(f"{name!r}: {tuner} gives its ΔW without gradients, so that a penalty on it would do nothing")
+    lengths = getattr(layer, "lora_magnitude_vector", {})
+    if adapter not in lengths:
+        return delta
+    moved = weight + delta
+    now = moved.norm(dim=0 if layer.fan_in_fan_out else 1, keepdim=True)
+    return lengths[adapter].weight.view(now.shape) / now * moved - weight
 
 
 def _side_by_side(model: Model, seed: int) -> None:

@@ -132,7 +132,8 @@ class FisherSubspace:
             Rows at once. Matrices are handled in groups whose gradients (samples · rows · columns · 4 bytes) stay
             below ``max_bytes``; every group is a pass over the data.
 
-        Raises ``InputError`` for no rows, unknown or quantised layers, and a rank out of range.
+        Gradients are taken at the layers' inputs and outputs, so weights may be quantised. Raises ``InputError`` for
+        no rows, unknown layers, and a rank out of range.
         """
         if method not in get_args(Approximation):
             raise unknown("method", method, get_args(Approximation))
@@ -146,8 +147,6 @@ class FisherSubspace:
         for name in names:
             if not isinstance(layers.get(name), nn.Linear | Conv1D):
                 raise InputError(f"target {name!r} is no linear layer of the model")
-            if not layers[name].weight.is_floating_point():
-                raise InputError(f"the weight of {name!r} is quantised: load the model in bfloat16 or float32")
         rows = data.rows(split)
         order = generator("fisher_subspace", seed).permutation(len(rows))[:samples].tolist()
         if not order:
@@ -155,7 +154,7 @@ class FisherSubspace:
         collate = data.collate(model) if isinstance(data, TokenRows) else model.collate(data)
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         found: dict[str, Directions] = {}
-        groups = _groups({name: layers[name].weight.numel() * 4 * len(order) for name in names}, max_bytes, method)
+        groups = _groups({name: _size(layers[name]) * 4 * len(order) for name in names}, max_bytes, method)
         with tqdm(total=len(groups) * len(order), desc="Fisher", disable=not progress, delay=2) as bar:
             for group in groups:
                 measures = {name: _MEASURES[method](layers[name]) for name in group}
@@ -269,6 +268,11 @@ def _kept(values: Tensor, rank: float) -> Tensor:
     return positive[: int((shares < rank).sum()) + 1]
 
 
+def _size(layer: Any) -> int:
+    """Entries of a layer's matrix; a quantised weight is stored in another shape."""
+    return layer.weight.numel() if isinstance(layer, Conv1D) else layer.in_features * layer.out_features
+
+
 def _groups(sizes: Mapping[str, int], limit: int, method: str) -> list[list[str]]:
     if method != "exact":
         return [list(sizes)]
@@ -288,7 +292,7 @@ def _gradients(model: Model, batch: Any, layers: Mapping[str, nn.Module]) -> Ite
     of each row's log-likelihood: their products over tokens are the gradients of single rows."""
     batch = {name: value.to(model.device) for name, value in batch.items()}
     caught: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-    with _learning(model, layers), _inputs_and_outputs(layers, caught):
+    with _frozen(model), _inputs_and_outputs(layers, caught):
         total = _log_likelihood(model, batch)
         outputs = [y for pairs in caught.values() for _, y in pairs]
         gradients = iter(torch.autograd.grad(total, outputs, allow_unused=True))
@@ -313,13 +317,10 @@ def _log_likelihood(model: Model, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _learning(model: Model, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Meanwhile only these layers' weights ask for gradients, and nothing is dropped out."""
+def _frozen(model: Model) -> Iterator[None]:
+    """Meanwhile no weight asks for a gradient, and nothing is dropped out."""
     before, training = [p.requires_grad for p in model.parameters()], model.training
-    weights = {id(layer.weight) for layer in layers.values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in weights)
-    model.eval()
+    model.requires_grad_(False).eval()
     try:
         yield
     finally:
@@ -331,7 +332,13 @@ def _learning(model: Model, layers: Mapping[str, nn.Module]) -> Iterator[None]:
 @contextmanager
 def _inputs_and_outputs(layers: Mapping[str, nn.Module], caught: dict[str, list[tuple[Tensor, Tensor]]]) -> Any:
     def keep(name: str) -> Any:
-        return lambda module, arguments, output: caught[name].append((arguments[0].detach(), output))
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+            first = not output.requires_grad  # of all layers that are watched: gradients end here
+            output = output.detach().requires_grad_() if first else output
+            caught[name].append((arguments[0].detach(), output))
+            return output.clone() if first else output
+
+        return hook
 
     hooks = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
     try:

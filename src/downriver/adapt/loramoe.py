@@ -333,7 +333,7 @@ def loramoe(
         rows = task if types is None else typed_rows(model, task, types)
     if balance:
         _check_types(rows, config)
-        terms = [Term("balance", balance, _aux_loss), *terms]
+        terms = [balance_term(balance), *terms]
     learner = LoRAMoE(model, config, seed=seed)
     tuned = fine_tune(
         learner,
@@ -355,6 +355,18 @@ def loramoe(
     assert isinstance(tuned, LoRAMoE)
     tuned.routing = None
     return tuned
+
+
+def balance_term(weight: float = 0.1) -> Term:
+    """The balancing constraint of a ``LoRAMoE`` with its weight β, for a trainer of one's own (``WithTerms``).
+
+    Batches need ``data_types``, as ``TokenRows.collate`` makes them; a transformers ``Trainer`` keeps the column with
+    ``remove_unused_columns=False``.
+
+    >>> balance_term().name, balance_term().weight
+    ('balance', 0.1)
+    """
+    return Term("balance", weight, _aux_loss)
 
 
 def typed_rows(model: Model, task: Task, types: Mapping[str, int]) -> TokenRows:

@@ -3,8 +3,9 @@
 Reach for it when a model behind an API should sort texts and nobody has labelled any. Zhang et al., "On Unsupervised
 Prompt Learning for Classification with Black-box Language Models" (2024), on the optimiser of black-box discrete prompt
 learning (Diao et al. 2023). The paper's abstract leaves open how reliable texts are chosen (here: the most confident of
-every class, more of them every epoch) and how demonstrations are drawn (here: balanced over classes). Probabilities
-step along the plain gradient: Adam's weight decay has no meaning on the simplex.
+every class, more of them every epoch) and how demonstrations are drawn (here: balanced over classes). The paper's
+second version writes prompts by critique instead (``writer``). Probabilities step along the plain gradient: Adam's
+weight decay has no meaning on the simplex.
 """
 
 import json
@@ -24,6 +25,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
+from downriver.adapt.prompt_critique import Critique
 from downriver.core import InputError, atomic_write, generator, unknown
 from downriver.models.chat.protocol import ChatModel
 
@@ -58,14 +60,20 @@ class LabelScorer:
             scores = np.array([answer.total for answer in found]).reshape(len(waiting), -1)
         elif waiting:
             answers = self.lm.generate(waiting, max_tokens=8, temperature=1.0, n=self.samples, seed=self.seed)
-            said = [[answer.text.strip().lower() for answer in each] for each in answers]
-            names = [word.strip().lower() for word in self.words]
-            counts = [[sum(text.startswith(name) for text in each) for name in names] for each in said]
-            scores = np.log(np.array(counts) + 1.0)
+            counts = np.array(
+                [np.bincount(list(map(self._said, each)), minlength=len(self.words) + 1) for each in answers]
+            )
+            scores = np.log(counts[:, 1:] + 1.0)
         if waiting:
             scores = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
             self._known |= dict(zip(waiting, scores, strict=True))
         return np.array([self._known[prompt] for prompt in prompts])
+
+    def _said(self, answer: Any) -> int:
+        """Which word an answer begins with, from 1; of "no" and "no idea" the longer one. 0 for none."""
+        text = answer.text.strip().lower()
+        starts = [(len(w), k) for k, w in enumerate((w.strip().lower() for w in self.words), 1) if text.startswith(w)]
+        return max(starts, default=(0, 0))[1]
 
 
 def project_simplex(rows: Array) -> Array:
@@ -113,16 +121,63 @@ def pmi_ngrams(texts: Sequence[str], count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fit costs at most, in prompts asked; ``bound`` is the budget, if it is less."""
+    """What a fit costs at most, in prompts asked: ``labelling`` and ``training``, or ``bound``, the budget, if it is
+    less. Each of them gets so many ``answers`` and has about so many ``characters``."""
 
     labelling: int
     training: int
     bound: int
+    answers: int
+    characters: float
 
     @property
     def calls(self) -> int:
-        """At most so many."""
+        """At most so many prompts."""
         return min(self.labelling + self.training, self.bound)
+
+    @property
+    def requests(self) -> int:
+        """At most so many answers."""
+        return self.calls * self.answers
+
+    @property
+    def tokens(self) -> int:
+        """About so many tokens to be read, at four characters each."""
+        return round(self.requests * self.characters / 4)
+
+
+class _Policy:
+    """A prompt of n tokens, each drawn from N candidates with learnt probabilities ``p`` (n, N), uniform at first."""
+
+    def __init__(
+        self,
+        candidates: Sequence[str],
+        n_tokens: int,
+        samples: int,
+        learning_rate: float,
+        estimate: Estimate,
+        rng: np.random.Generator,
+    ) -> None:
+        self.candidates, self.samples, self.learning_rate = list(candidates), samples, learning_rate
+        self.estimate, self.rng = estimate, rng
+        self.p = np.full((n_tokens, len(self.candidates)), 1 / len(self.candidates))
+
+    def propose(self, hardest: Sequence[tuple[str, str, float]]) -> list[str]:
+        count = len(self.candidates)
+        self._drawn = np.stack([self.rng.choice(count, size=self.samples, p=row) for row in self.p], axis=1)
+        return [self._text(row) for row in self._drawn]
+
+    def learn(self, losses: Array) -> None:
+        gradient = policy_gradient(self._drawn, losses, self.p, self.estimate)
+        gradient *= min(1.0, CLIP / max(float(np.linalg.norm(gradient)), 1e-12))
+        self.p = project_simplex(self.p - self.learning_rate * gradient)
+
+    @property
+    def best(self) -> str:
+        return self._text(self.p.argmax(axis=1))
+
+    def _text(self, tokens: Array) -> str:
+        return " ".join(self.candidates[token] for token in tokens)
 
 
 class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
@@ -143,8 +198,13 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
         n tokens of the prompt, each from N candidates (6 and 20, the released optimiser's).
     candidates
         ``"pmi"``: n-grams of the texts themselves; or a list.
+    writer
+        Another ``ChatModel`` that writes prompts after a critique of the present one (``Critique``), in place of the
+        tokens drawn; it gives I − 1 answers a step, which are no part of the budget.
     samples
         I prompts a step (20), so a step asks I × batch prompts.
+    answers
+        To every prompt, from a model that gives answers only (8); one that scores continuations is asked once.
     k_demos
         Demonstrations in every query, training included (the paper's point); 0 for none.
     rho, rho_max
@@ -183,7 +243,9 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
         n_tokens: int = 6,
         candidates: Literal["pmi"] | Sequence[str] = "pmi",
         n_candidates: int = 20,
+        writer: ChatModel | None = None,
         samples: int = 20,
+        answers: int = 8,
         k_demos: int = 4,
         rho: float = 0.2,
         rho_max: float = 0.8,
@@ -204,7 +266,9 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
         self.n_tokens = n_tokens
         self.candidates = candidates
         self.n_candidates = n_candidates
+        self.writer = writer
         self.samples = samples
+        self.answers = answers
         self.k_demos = k_demos
         self.rho = rho
         self.rho_max = rho_max
@@ -226,17 +290,24 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
         visited = [min(len(texts), math.ceil(share * len(texts)) + len(self.labels)) for share in shares]
         steps = [math.ceil(count / self.batch_size) for count in visited]
         training = self.samples * (sum(visited) + extra * sum(steps))
-        return Plan(labelling, training, self.budget)
+        text = sum(map(len, texts)) / max(1, len(texts))
+        words = texts if isinstance(self.candidates, str) else self.candidates
+        word = sum(map(len, words)) / max(1, sum(len(each.split()) for each in words)) + 1
+        label = max(map(len, self.labels.values() if isinstance(self.labels, Mapping) else self.labels))
+        frame = len(self.template.format(prompt="", demos="", text=""))
+        demo = text + label + len(self.demo.format(text="", label=""))
+        characters = frame + self.n_tokens * word + self.k_demos * demo + text
+        scored = "loglikelihood" in self.lm.capabilities
+        return Plan(labelling, training, self.budget, 1 if scored else self.answers, characters)
 
     def fit(self, texts: Sequence[str], y: None = None) -> Self:
         """Learn prompt and labels; ``y`` is not used."""
-        texts = list(texts)
         names, words = self._check(texts)
+        texts = list(texts)
         self.classes_ = np.array(names)
-        ask = self._ask = LabelScorer(self.lm, words, seed=self.seed)
-        candidates = pmi_ngrams(texts, self.n_candidates) if isinstance(self.candidates, str) else list(self.candidates)
-        p = np.full((self.n_tokens, len(candidates)), 1 / len(candidates))
+        ask = self._ask = LabelScorer(self.lm, words, samples=self.answers, seed=self.seed)
         rng = generator("unsupervised prompts", self.seed)
+        search = self._search(texts, names, rng)
 
         zero_shot = self._probabilities(ask, "", texts, None)
         probabilities, guessed = zero_shot, _labels(zero_shot, names)
@@ -252,8 +323,9 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
                 loss, steps = 0.0, 0
                 for start in range(0, len(places), self.batch_size):
                     batch = places[start : start + self.batch_size]
-                    drawn = np.stack([rng.choice(len(candidates), size=self.samples, p=row) for row in p], axis=1)
-                    prompts = [" ".join(candidates[token] for token in row) for row in drawn]
+                    sure = probabilities[batch, guessed[batch]]
+                    hardest = [(texts[batch[i]], names[guessed[batch[i]]], float(sure[i])) for i in np.argsort(sure)]
+                    prompts = search.propose(hardest)
                     queries = [self._queries(prompt, [texts[i] for i in batch], batch) for prompt in prompts]
                     if ask.calls + ask.new([q for each in queries for q in each]) + last > self.budget:
                         break
@@ -265,13 +337,11 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
                             for each in queries
                         ]
                     )
-                    gradient = policy_gradient(drawn, losses, p, self.estimate)
-                    gradient *= min(1.0, CLIP / max(float(np.linalg.norm(gradient)), 1e-12))
-                    p = project_simplex(p - self.learning_rate * gradient)
+                    search.learn(losses)
                     loss, steps = loss + float(losses.mean()), steps + 1
                 if ask.calls + last > self.budget:
                     break
-                self.prompt_ = " ".join(candidates[token] for token in p.argmax(axis=1)) if steps else self.prompt_
+                self.prompt_ = search.best if steps else self.prompt_
                 probabilities = self._probabilities(ask, self.prompt_, texts, np.arange(len(texts)))
                 before, guessed = guessed, _labels(probabilities, names)
                 self._reliable = self._choose(probabilities, guessed, epoch)
@@ -282,8 +352,8 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
                 if not steps or (epoch > 0 and agreed >= self.agreement):
                     break
         self._labels, self._draw = guessed, -1
-        self.probabilities_ = p
-        self.candidates_ = candidates
+        if isinstance(search, _Policy):
+            self.probabilities_, self.candidates_ = search.p, search.candidates
         self.history_ = pl.DataFrame(history)
         self.calls_ = ask.calls
         self.pseudo_labels_ = pl.DataFrame(
@@ -296,6 +366,14 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
             }
         )
         return self
+
+    def _search(self, texts: Sequence[str], names: Sequence[str], rng: np.random.Generator) -> "_Policy | Critique":
+        if self.writer is not None:
+            return Critique(self.writer, names, samples=self.samples, seed=self.seed)
+        candidates = pmi_ngrams(texts, self.n_candidates) if isinstance(self.candidates, str) else list(self.candidates)
+        if not candidates:
+            raise InputError("the texts have no words for a prompt: give candidates")
+        return _Policy(candidates, self.n_tokens, self.samples, self.learning_rate, self.estimate, rng)
 
     def predict_proba(self, texts: Sequence[str]) -> Array:
         """(texts, classes), in the format of training: the prompt, demonstrations, the text."""
@@ -363,9 +441,10 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
         keys = rng.random(len(self._texts))  # a text's key does not depend on classes or their order
         chosen: list[int] = []
         piles = []
+        itself = self._texts[own] if own >= 0 else None  # wherever it stands
         for k in range(len(self._words)):
-            pile = np.flatnonzero(self._reliable & (self._labels == k))
-            piles.append(sorted((int(i) for i in pile if i != own), key=lambda i: keys[i], reverse=True))
+            pile = [int(i) for i in np.flatnonzero(self._reliable & (self._labels == k)) if self._texts[i] != itself]
+            piles.append(sorted(pile, key=lambda i: keys[i], reverse=True))
         piles.sort(key=lambda pile: keys[pile[-1]] if pile else 2.0)
         while len(chosen) < self.k_demos and any(piles):
             chosen += [pile.pop() for pile in piles if pile][: self.k_demos - len(chosen)]
@@ -375,20 +454,34 @@ class UnsupervisedPromptLearner(ClassifierMixin, BaseEstimator):
         )
 
     def _check(self, texts: Sequence[str]) -> tuple[list[str], list[str]]:
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise InputError("texts: a list of strings is expected")
         pairs = self.labels.items() if isinstance(self.labels, Mapping) else ((word, word) for word in self.labels)
         names, words = ([*found] for found in zip(*pairs, strict=True)) if self.labels else ([], [])
-        if len(names) < 2 or len(set(words)) < len(words):
-            raise InputError(f"labels are {self.labels!r}: at least two classes with different words are expected")
         words = [f" {word.strip()}" for word in words]
+        if len(names) < 2 or len({word.lower() for word in words}) < len(words) or " " in words:
+            raise InputError(f"labels are {self.labels!r}: at least two classes with different words are expected")
         for name, text, fields in (
             ("template", self.template, ("prompt", "demos", "text")),
             ("demo", self.demo, ("text", "label")),
         ):
             if any("{" + field + "}" not in text for field in fields):
                 raise InputError(f"{name} is {text!r}: {', '.join('{' + f + '}' for f in fields)} are expected in it")
+            try:
+                text.format(**dict.fromkeys(fields, ""))
+            except (LookupError, ValueError) as error:
+                raise InputError(
+                    f"{name} is {text!r}: {error} in braces; one that stands for itself is doubled"
+                ) from None
         if isinstance(self.candidates, str) and self.candidates != "pmi":
             raise unknown("candidates", self.candidates, ("pmi", "a list"))
-        numbers: dict[str, Any] = {"n_tokens": 1, "samples": 2, "k_demos": 0, "batch_size": 1, "epochs": 1}
+        if not self.candidates or not all(isinstance(each, str) and each.strip() for each in self.candidates):
+            raise InputError(f"candidates are {self.candidates!r}: words that are not empty are expected")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate is {self.learning_rate}: a positive number is expected")
+        numbers: dict[str, Any] = {
+            "n_tokens": 1, "n_candidates": 1, "samples": 2, "answers": 1, "k_demos": 0, "batch_size": 1, "epochs": 1,
+        }  # fmt: skip
         for name, least in numbers.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}: at least {least} is expected")

@@ -90,6 +90,8 @@ def delta(
     typer.echo("; ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     if report.rank is not None:
         typer.echo(f"mean {rank} rank of an update over its smaller side: {report.rank:.2f}")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
 
 
 @app.command()

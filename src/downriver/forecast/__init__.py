@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from downriver.forecast.fit import LawFit as LawFit
     from downriver.forecast.fit import fit_law as fit_law
     from downriver.forecast.fit import fit_laws as fit_laws
+    from downriver.forecast.forgetting_law import ForgettingLaw as ForgettingLaw
     from downriver.forecast.ladder import TaskLadder as TaskLadder
     from downriver.forecast.learning_curve import LearningCurve as LearningCurve
     from downriver.forecast.overtraining_law import Chain as Chain
@@ -53,6 +54,7 @@ __getattr__, __dir__, __all__ = attach(
         "DownstreamErrorLaw": "downriver.forecast.overtraining_law:DownstreamErrorLaw",
         "EndToEndLaw": "downriver.forecast.cod:EndToEndLaw",
         "Forecast": "downriver.forecast.overtraining_law:Forecast",
+        "ForgettingLaw": "downriver.forecast.forgetting_law:ForgettingLaw",
         "LawDomainError": "downriver.forecast.transfer_law:LawDomainError",
         "LawFit": "downriver.forecast.fit:LawFit",
         "LearningCurve": "downriver.forecast.learning_curve:LearningCurve",

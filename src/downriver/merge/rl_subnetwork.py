@@ -19,13 +19,14 @@ from torch import Tensor
 
 from downriver.core.errors import InputError, unknown
 from downriver.merge.average import Average
-from downriver.merge.plan import MAX_BYTES, Entry, Mismatch, Pattern, plan
-from downriver.merge.stores import Source
+from downriver.merge.plan import MAX_BYTES, Entry, Mismatch, Pattern, Plan, plan
+from downriver.merge.stores import Source, Store
 from downriver.nn.sparse_patch import SparseMask
 
 Rank = Literal["exact", "stable"] | None
 TOLERANCES = (1e-5, 1e-4)
 LARGEST_MATRIX = 1 << 26  # elements; ranks of larger matrices are left out
+OCTAVES = 8  # of changes in units of the last place, to either side of one
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,19 @@ class DeltaReport:
     ``elements``, ``unchanged`` (share of entries equal in the stored type), ``within_<tolerance>``, ``below_ulp``
     (share that moved by less than a bfloat16's last unit, or not at all), ``norm`` (‖Δ‖), ``rank`` (over the smaller
     side; null where it was not asked for).
+
+    ``ulps``, a row an octave: how many ``entries`` moved by ``at_least`` so many of a bfloat16's last units and
+    ``below`` so many, and their ``share`` of all entries. The first and the last row hold what lies beyond; an entry
+    that was 0 is in the last.
+
+    ``notes`` say what to know before reading shares: types that differ, rows that only one model has, tensors left out.
     """
 
     before: str
     after: str
     tensors: pl.DataFrame
+    ulps: pl.DataFrame
+    notes: tuple[str, ...] = ()
 
     def share(self, column: str = "within_1e-05") -> float:
         """A share over all entries: update sparsity, as the paper reports it."""
@@ -88,7 +97,7 @@ def delta_stats(
     include, exclude, on_mismatch, max_bytes
         As in ``merge``.
 
-    Raises ``InputError`` for names and shapes that differ and a tolerance that is negative.
+    Raises ``InputError`` for names and shapes that differ, values that are not finite, and a negative tolerance.
 
     >>> report = delta_stats({"w": torch.zeros(4)}, {"w": torch.tensor([0.0, 1e-6, 0.5, 2.0])})
     >>> report.share("unchanged"), report.share()
@@ -105,20 +114,29 @@ def delta_stats(
 
     def count(entry: Entry, base: Tensor, models: list[Tensor]) -> tuple[str, np.ndarray]:
         delta = (models[0] - base).abs()
-        last = torch.ldexp(torch.ones_like(base), torch.frexp(base)[1] - 8)  # 2^(e−8), |base| in [2^(e−1), 2^e)
-        ulp = torch.where(base == 0, torch.zeros(()), last)
+        squares = float(delta.double().square().sum())
+        if not math.isfinite(squares):
+            raise InputError(f"tensor {entry.name!r} holds values that are not finite")
         within = [float((delta <= tolerance).sum()) for tolerance in tolerances]
-        moved = float(((delta < ulp) | (delta == 0)).sum())
-        return entry.name, np.array([float((delta == 0).sum()), *within, moved, float(delta.double().square().sum())])
+        changed = delta.nonzero()[:, 0]
+        moved, start = delta[changed], base[changed]
+        # |Δ| is in [2^(k−1), 2^k) last units: those of a bfloat16 in [2^(e−1), 2^e) are 2^(e−8)
+        k = torch.frexp(moved)[1] - torch.frexp(start)[1] + 8
+        k = k.masked_fill(start == 0, OCTAVES).clamp(-OCTAVES, OCTAVES) + OCTAVES
+        octaves = torch.bincount(k, minlength=2 * OCTAVES + 1).double().numpy()
+        return entry.name, np.array([float(len(delta) - len(changed)), *within, squares, *octaves])
 
     sums: dict[str, np.ndarray] = {}
     for name, found in job.over(count):
         sums[name] = sums.get(name, 0) + found
-    rows = []
+    rows, notes, total = [], _notes(job, rank), np.zeros(2 * OCTAVES + 1)
     for entry in job.entries:
         if not entry.merged:
             continue
-        unchanged, *within, below, squares = sums[entry.name].tolist()
+        unchanged, *found = sums[entry.name].tolist()
+        within, squares, octaves = found[: len(tolerances)], found[len(tolerances)], found[len(tolerances) + 1 :]
+        total += np.array(octaves)
+        below = unchanged + sum(octaves[: OCTAVES + 1])
         layer = re.search(r"(?:^|\.)(\d+)\.", entry.name)
         row: dict[str, Any] = {
             "tensor": entry.name,
@@ -129,11 +147,16 @@ def delta_stats(
         }
         row |= {f"within_{t:g}": w / entry.merged for t, w in zip(tolerances, within, strict=True)}
         row |= {"below_ulp": below / entry.merged, "norm": math.sqrt(squares)}
-        matrix = len(entry.shape) == 2 and "norm" not in entry.name and entry.merged == entry.size <= LARGEST_MATRIX
+        matrix = _ranked(entry) and entry.merged == entry.size <= LARGEST_MATRIX
         row["rank"] = _rank(job, entry, rank) if rank and matrix else None
         rows.append(row)
     frame = pl.DataFrame(rows, schema_overrides={"rank": pl.Float64})
-    return DeltaReport(job.base.label, job.models[0].label, frame)
+    k = np.arange(-OCTAVES, OCTAVES + 1)
+    at_least, below = 2.0 ** (k - 1), 2.0**k
+    at_least[0], below[-1] = 0.0, np.inf
+    share = total / frame["elements"].to_numpy().sum()
+    ulps = pl.DataFrame({"at_least": at_least, "below": below, "entries": total.astype(np.int64), "share": share})
+    return DeltaReport(job.base.label, job.models[0].label, frame, ulps, notes)
 
 
 def subnetwork(before: Source, after: Source, *, tol: float = 0.0, max_bytes: int = MAX_BYTES) -> SparseMask:
@@ -162,11 +185,45 @@ def subnetwork(before: Source, after: Source, *, tol: float = 0.0, max_bytes: in
     return SparseMask({n: places for n, places in indices.items() if len(places)}, sum(done.values()))
 
 
-def _rank(job: Any, entry: Entry, kind: Rank) -> float:
+def _ranked(entry: Entry) -> bool:
+    return len(entry.shape) == 2 and "norm" not in entry.name
+
+
+def _notes(job: Plan, rank: Rank) -> tuple[str, ...]:
+    """What makes two checkpoints not quite comparable."""
+    after = job.models[0]
+    there, said = set(after.names()), []
+    types: dict[tuple[str, str], int] = {}
+    for entry in job.entries:
+        other = after.shape(entry.sources[0]) if entry.sources[0] in there else ()
+        if not entry.merged:
+            if other != entry.shape:
+                said.append(f"{entry.name!r} is left out")
+            continue
+        if other != entry.shape:
+            rows = entry.merged // entry.row, entry.shape[0], other[0]
+            said.append(f"{entry.name!r}: the {rows[0]} rows that both have are compared, of {rows[1]} and {rows[2]}")
+        if rank and _ranked(entry) and entry.size > LARGEST_MATRIX:
+            said.append(f"{entry.name!r} is too large for its rank")
+        pair = tuple(str(s.dtype(n)).removeprefix("torch.") for s, n in _stores(job, entry))
+        types[pair[0], pair[1]] = types.get((pair[0], pair[1]), 0) + 1
+    for (first, second), count in types.items():
+        if first != second:
+            said.append(
+                f"{count} tensors are {first} before and {second} after: rounding alone makes them differ, and they "
+                "are compared in the wider type"
+            )
+    return tuple(said)
+
+
+def _stores(job: Plan, entry: Entry) -> list[tuple[Store, str]]:
+    """Where to read a tensor before and after."""
+    return [(job.base, entry.name), (job.models[0], entry.sources[0])]
+
+
+def _rank(job: Plan, entry: Entry, kind: Rank) -> float:
     """The rank of one matrix' update over its smaller side."""
-    pieces = [
-        store.read(name, 0, entry.size) for store, name in ((job.base, entry.name), (job.models[0], entry.sources[0]))
-    ]
+    pieces = [store.read(name, 0, entry.size) for store, name in _stores(job, entry)]
     delta = (pieces[1].float() - pieces[0].float()).view(entry.shape)
     side = min(entry.shape)
     if not delta.any():

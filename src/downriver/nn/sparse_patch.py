@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -20,8 +21,8 @@ from downriver.core.errors import InputError
 from downriver.core.io import atomic_write
 from downriver.nn.select import kth_magnitude
 
-INDICES, VALUES, BEFORE = "indices", "values", "before"
-FORMAT = "downriver-patch-1"
+INDICES, BITS, VALUES, BEFORE = "indices", "bits", "values", "before"
+FORMAT, MASK_FORMAT = "downriver-patch-1", "downriver-mask-1"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,41 @@ class SparseMask:
         both = self.intersection(other).count
         first, second = (both / mask.count if mask.count else 0.0 for mask in (self, other))
         return Overlap(first, second, other.share, self.share)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file: of each tensor a bit an entry, or where that is less the indices themselves."""
+        tensors: dict[str, Tensor] = {}
+        for name, places in self.indices.items():
+            if len(places) * 64 < int(places[-1]):
+                tensors[f"{name}|{INDICES}"] = places.contiguous()
+            else:
+                bits = torch.zeros(int(places[-1]) + 1, dtype=torch.bool)
+                bits[places] = True
+                tensors[f"{name}|{BITS}"] = torch.from_numpy(np.packbits(bits.numpy()))
+        path = Path(path)
+        with atomic_write(path) as file:
+            file.write(save(tensors, metadata={"format": MASK_FORMAT, "total": str(self.total)}))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SparseMask":
+        """Read what ``save`` wrote. Raises ``InputError`` naming the file for anything else, or a damaged one."""
+        indices: dict[str, Tensor] = {}
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != MASK_FORMAT:
+                    raise InputError(f"{path} is no mask: a file written by SparseMask.save is expected")
+                for key in sorted(file.keys()):
+                    name, _, kind = key.rpartition("|")
+                    stored = file.get_tensor(key)
+                    packed = kind == BITS
+                    indices[name] = (
+                        torch.from_numpy(np.flatnonzero(np.unpackbits(stored.numpy()))) if packed else stored
+                    )
+            return cls(indices, int(about["total"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as a mask: {error}") from None
 
     def _combined(self, other: "SparseMask", rule: Callable[[Tensor, Tensor], Tensor]) -> "SparseMask":
         if other.total != self.total:
