@@ -84,3 +84,36 @@ def test_what_cannot_be_named_cannot_be_fingerprinted():
 def test_sha256_of_a_file(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     assert sha256_file(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_not(tmp_path):
+    script = """
+import os, sys, time
+from downriver.core.io import atomic_folder
+with atomic_folder(sys.argv[1]) as part:
+    (part / "half").write_text("x")
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+    def started():
+        run = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+        assert run.stdout is not None and run.stdout.readline() == "open\n"
+        for part in tmp_path.glob(".out.*.part"):
+            os.utime(part, (0, 0))
+        return run
+
+    killed = started()
+    killed.kill()
+    killed.wait()
+    assert len(list(tmp_path.iterdir())) == 1
+    living = started()
+    try:
+        [held] = tmp_path.iterdir()  # that of the killed one is gone
+        with atomic_folder(tmp_path / "out") as part:
+            (part / "whole").write_text("y")
+        assert sorted(tmp_path.iterdir()) == sorted([held, tmp_path / "out"])
+        assert (held / "half").exists()
+    finally:
+        living.kill()
+        living.wait()

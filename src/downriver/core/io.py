@@ -2,16 +2,21 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from downriver.core.errors import DownriverError, InputError
+
+FRESH = 60.0
+"""Seconds for which an unlocked temporary folder may be one that is just being made."""
 
 
 @contextlib.contextmanager
@@ -48,13 +53,17 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary sibling folder that becomes ``path`` when the block ends without an error.
 
+    What a killed process left of an earlier attempt at the same path is removed.
+
     Raises ``InputError`` before anything is written when ``path`` exists and ``overwrite`` is false.
     """
     path = Path(path)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} exists already: choose another output folder, or say that it may be overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    alive = _lock(part)
     try:
         yield part
         part.chmod(0o755)
@@ -69,6 +78,34 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         shutil.rmtree(part, ignore_errors=True)
         _explain_full_disk(error, path)
         raise
+    finally:
+        if alive is not None:
+            os.close(alive)
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary folders of the same path whose process is gone: a living one holds a lock on its own."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > FRESH:
+            descriptor = _lock(left)
+            if descriptor is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """A folder's lock, until it is closed; None where another process has it, or the system knows no such locks."""
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def canonical(value: Any) -> str:

@@ -181,7 +181,7 @@ class Words:
         return self.train[start : start + length]
 
     def _ids(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
 def untrained(kind: str, tokenizer: Any, seed: int) -> Model:
