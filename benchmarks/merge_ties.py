@@ -11,6 +11,7 @@ less, stand in brackets.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,7 @@ def checkpoints(folder: Path, megabytes: int) -> None:
 
 
 def merged(python: str, script: str, *arguments: str) -> list[float] | None:
+    os.sync()  # what was written before is not to be paid for here
     done = subprocess.run([python, "-c", script, *arguments], capture_output=True, text=True)
     if done.returncode:
         print(f"  left out: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -135,6 +137,7 @@ def main() -> None:
         checkpoints(folder, options.megabytes)
         size = (folder / "base" / "model.safetensors").stat().st_size / 1e6
         print(f"TIES of three checkpoints of {size:.0f} MB, our bound {options.max_memory} MiB")
+        os.sync()
         copy, _ = timed(lambda: [shutil.copytree(folder / m, folder / f"copy-{m}") for m in ("base", *"abc")])
         for m in ("base", *"abc"):
             shutil.rmtree(folder / f"copy-{m}")
