@@ -3,8 +3,8 @@
 Reach for it to serve a Llama-like model with fewer weights read for each token: where the gate is zero, its row of the
 up projection and its column of the down projection are not needed. Lee et al., "CATS: Contextually-Aware Thresholding
 for Sparsity in Large Language Models" (2024). The histogram's bins are those of a float's leading 16 bits, relative
-widths of 2⁻⁷ without a range to choose. No kernel: the model computes densely with zeros, and ``SparsityReport`` counts
-what a kernel for single tokens would read.
+widths of 2⁻⁷ without a range to choose. The model computes densely with zeros; ``models.sparse_decoding`` makes it skip
+neurons for single tokens, whose bytes ``SparsityReport`` counts.
 """
 
 import math

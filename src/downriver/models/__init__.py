@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from downriver.models.rope import ntk_scale as ntk_scale
     from downriver.models.small import small as small
     from downriver.models.small import small_language_model as small_language_model
+    from downriver.models.sparse_decoding import sparse_decoding as sparse_decoding
     from downriver.models.tokenizers import bpe_tokenizer as bpe_tokenizer
     from downriver.models.tokenizers import byte_tokenizer as byte_tokenizer
     from downriver.models.tokenizers import word_tokenizer as word_tokenizer
@@ -71,6 +72,7 @@ __getattr__, __dir__, __all__ = attach(
         "quantised": "downriver.models.quantised:quantised",
         "small": "downriver.models.small:small",
         "small_language_model": "downriver.models.small:small_language_model",
+        "sparse_decoding": "downriver.models.sparse_decoding:sparse_decoding",
         "word_tokenizer": "downriver.models.tokenizers:word_tokenizer",
     }
     | {
